@@ -1,0 +1,260 @@
+"""Stage folders: atomic files, manifests, fingerprints and freshness.
+
+A stage is a function from a config and input folders to one output folder. The folder's `manifest.json` says what it
+was made from and what it holds. It is written twice: when the stage starts (`"status": "running"`), so that a rerun
+knows it continues the same work, and when it ends (`"complete"`), after every output is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from rho.errors import ConfigError, DataError, MismatchError, RhoError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a binary file that appears under `path` whole or not at all.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder. If anything fails, what stood at `path`
+    before is untouched and the temporary file is gone.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RhoError(
+            f"{path}: could not be written ({error.strerror or error}). What was there before is unchanged; "
+            "free some space or fix the folder's permissions, then run the same command again to continue."
+        ) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically write `value` as indented JSON with sorted keys."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, as hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass
+class Manifest:
+    """What a stage folder was made from and what it holds.
+
+    `config` and `inputs` decide whether the folder is the one asked for; `outputs` maps each file to its SHA-256 and
+    size in bytes; `facts` are what the stage found out and later stages need. `environment` (versions, seconds) is for
+    people and is no part of the fingerprint.
+    """
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    status: str = "running"
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash: equal exactly when stage, config, inputs, outputs and facts are equal."""
+        return hash_json([FORMAT, self.stage, self.config, self.inputs, self.outputs, self.facts])
+
+    def write(self, folder: Path) -> None:
+        """Commit this manifest to `folder`."""
+        write_json(folder / MANIFEST, {"format": FORMAT, "fingerprint": self.fingerprint, **vars(self)})
+
+
+def read_manifest(folder: str | os.PathLike[str], stage: str | None = None) -> Manifest:
+    """The manifest of a complete stage folder; a `DataError` if it is missing, damaged, unfinished or of another stage."""
+    folder = Path(folder)
+    manifest = _load(folder)
+    if manifest is None:
+        raise DataError(f"{folder}: no {MANIFEST} here, so this is not a folder written by rho. Check the path.")
+    if stage is not None and manifest.stage != stage:
+        raise DataError(f"{folder}: expected the output of stage '{stage}', found that of stage '{manifest.stage}'.")
+    if manifest.status != "complete":
+        raise DataError(f"{folder}: stage '{manifest.stage}' was not finished. Run it again: it continues.")
+    return manifest
+
+
+def _load(folder: Path) -> Manifest | None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+        fingerprint = value.pop("fingerprint")
+        version = value.pop("format")
+        if version != FORMAT:
+            raise DataError(f"{path}: written in format {version}, this version of rho reads format {FORMAT}.")
+        manifest = Manifest(**value)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: damaged manifest ({error}). Restore it or remove the folder and rerun.") from error
+    if manifest.fingerprint != fingerprint:
+        raise DataError(f"{path}: the content does not match its own fingerprint. Restore it or remove the folder.")
+    return manifest
+
+
+def first_difference(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first key, in dotted form, at which two nested mappings differ, with both values; None if they are equal."""
+    for key in sorted({*expected, *found}):
+        a, b = expected.get(key), found.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if (inner := first_difference(a, b, f"{prefix}{key}.")) is not None:
+                return inner
+        elif a != b:
+            return f"{prefix}{key}: asked for {a!r}, found {b!r}"
+    return None
+
+
+class Stage:
+    """An output folder being made: use `open_stage`."""
+
+    def __init__(self, folder: Path, manifest: Manifest, fresh: bool) -> None:
+        self.folder, self.manifest, self.fresh = folder, manifest, fresh
+        self._started = time.monotonic()
+
+    def add_output(self, name: str, sha256: str | None = None) -> None:
+        """Record the finished file `name` (relative to the folder); its hash is computed unless given."""
+        path = self.folder / name
+        self.manifest.outputs[name] = {"sha256": sha256 or hash_file(path), "bytes": path.stat().st_size}
+
+    def add_folder(self, name: str) -> None:
+        """Record every file under the subfolder `name`."""
+        for path in sorted((self.folder / name).rglob("*")):
+            if path.is_file():
+                self.add_output(path.relative_to(self.folder).as_posix())
+
+    def checkpoint(self) -> None:
+        """Commit what is recorded so far, so that an interrupted stage can continue from it."""
+        self.manifest.write(self.folder)
+
+    def finish(self, **facts: Any) -> Manifest:
+        """Commit the folder as complete."""
+        self.manifest.facts.update(facts)
+        self.manifest.environment = {**environment(), "seconds": round(time.monotonic() - self._started, 2)}
+        self.manifest.status = "complete"
+        self.manifest.write(self.folder)
+        return self.manifest
+
+
+@contextmanager
+def open_stage(
+    folder: str | os.PathLike[str], stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]
+) -> Iterator[Stage]:
+    """Open `folder` to run `stage` in it: new, to be continued, or `fresh` (complete and made from just this).
+
+    Args:
+        folder: the output folder; made if missing.
+        stage: the stage's name.
+        config: every setting that changes the result, as JSON values.
+        inputs: name -> content hash of everything read.
+
+    Raises:
+        MismatchError: the folder was made from another config or other inputs; the first differing key is named.
+        RhoError: another process works in the folder.
+    """
+    folder = Path(folder)
+    asked = Manifest(stage, json.loads(json.dumps(config)), dict(inputs))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RhoError(f"{folder}: the output folder can't be made ({error.strerror}).") from error
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RhoError(f"{folder}: another rho process is writing here. Wait for it or choose another folder.") from None
+    try:
+        check_made_from(folder, asked)
+        found = _load(folder)
+        fresh = found is not None and found.status == "complete" and _outputs_present(folder, found)
+        if found is None:
+            found = asked
+            found.write(folder)
+        yield Stage(folder, found, fresh)
+    finally:
+        lock.release()
+
+
+def check_made_from(folder: Path, asked: Manifest) -> None:
+    """Refuse a folder that another stage, config or set of inputs made, naming the first difference."""
+    found = _load(folder)
+    if found is None:
+        strangers = sorted(p.name for p in folder.glob("*") if not p.name.startswith(".")) if folder.is_dir() else []
+        if strangers:
+            raise ConfigError(
+                f"{folder}: holds files that rho did not write ({', '.join(strangers[:3])}). Choose an empty folder."
+            )
+        return
+    for what in ("stage", "config", "inputs"):
+        difference = first_difference({what: getattr(asked, what)}, {what: getattr(found, what)})
+        if difference is not None:
+            raise MismatchError(
+                f"{folder}: was made otherwise. {difference}. Nothing was changed: "
+                "choose another output folder, restore the setting or input, or remove this folder to make it anew."
+            )
+
+
+def _outputs_present(folder: Path, manifest: Manifest) -> bool:
+    """Whether every output exists with its recorded size (contents are checked where they are read)."""
+    for name, output in manifest.outputs.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != output["bytes"]:
+            return False
+    return True
+
+
+def environment() -> dict[str, str]:
+    """Versions that a reader of the results wants to know."""
+    names = ("rho-lm", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {"python": platform.python_version(), "machine": platform.machine(), **versions}
