@@ -22,9 +22,11 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from rho.errors import ConfigError, DataError, MismatchError, RhoError
+from rho.progress import say
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MADE_FROM = ("stage", "config", "inputs")
 
 
 @contextmanager
@@ -207,7 +209,9 @@ def open_stage(
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RhoError(f"{folder}: another rho process is writing here. Wait for it or choose another folder.") from None
+        raise RhoError(
+            f"{folder}: another rho process is writing here. Wait for it or choose another folder."
+        ) from None
     try:
         check_made_from(folder, asked)
         found = _load(folder)
@@ -215,22 +219,34 @@ def open_stage(
         if found is None:
             found = asked
             found.write(folder)
+        if fresh:
+            say(f"{stage} {folder}: fresh")
         yield Stage(folder, found, fresh)
     finally:
         lock.release()
+
+
+def is_made_from(folder: Path, asked: Manifest) -> bool:
+    """Whether a folder's manifest has the stage, config and inputs asked for."""
+    found = _load(folder)
+    return found is not None and all(getattr(found, what) == getattr(asked, what) for what in MADE_FROM)
 
 
 def check_made_from(folder: Path, asked: Manifest) -> None:
     """Refuse a folder that another stage, config or set of inputs made, naming the first difference."""
     found = _load(folder)
     if found is None:
-        strangers = sorted(p.name for p in folder.glob("*") if not p.name.startswith(".")) if folder.is_dir() else []
+        strangers = (
+            sorted(p.name for p in folder.glob("*") if p.is_file() and not p.name.startswith("."))
+            if folder.is_dir()
+            else []
+        )
         if strangers:
             raise ConfigError(
                 f"{folder}: holds files that rho did not write ({', '.join(strangers[:3])}). Choose an empty folder."
             )
         return
-    for what in ("stage", "config", "inputs"):
+    for what in MADE_FROM:
         difference = first_difference({what: getattr(asked, what)}, {what: getattr(found, what)})
         if difference is not None:
             raise MismatchError(

@@ -1,0 +1,333 @@
+"""Text -> packed token blocks: Parquet shards that a model trains on and a reference scores.
+
+    documents   [a a a a a] [b b] [c c c c c c c]
+    stream       a a a a a  |  b b |  c c c c c c c |        | = end-of-document token
+    blocks      [a a a a a |] [b b | c c c] [c c c c | ...]  block_length 6
+
+In `packed` corpora (the paper's way) attention runs over the whole block, so position_ids are 0 1 2 3 4 5. In
+`isolated` ones they start again at each document, which cuts attention at the boundary, and a document's first token
+has no loss. A document that reaches into the next block goes on there as if new.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from rho.errors import DataError, MismatchError
+from rho.objective import token_labels
+from rho.progress import track
+from rho.runs import Manifest, Stage, atomic_write, hash_file, open_stage, write_json
+from rho.sources import Document, SkippedRecord, read_documents, source_hashes
+from rho.store import Shards, write_shard
+from rho.tokenizer import Tokenizer
+
+BATCH_CHARACTERS = 1 << 20  # text tokenized at once
+SPLITS = ("train", "validation")
+TOKEN_COLUMNS = ("input_ids", "document", "num_bytes", "label")
+NO_LABEL = -1
+NOTHING_YET = {"documents": 0, "empty_documents": 0, "tokens": 0, "bytes": 0, "blocks": 0, "dropped_tokens": 0}
+
+
+class CorpusConfig(BaseModel):
+    """Settings of the corpus stage.
+
+    Attributes:
+        sources: files, folders, `hf:` datasets, `docstrings:`/`source:` Python packages; see `rho.sources`.
+        text_field: the field or column that holds the text.
+        block_length: tokens in a block.
+        isolated: documents do not see each other (position ids restart); otherwise packed, the paper's way.
+        heldout_fraction: share of the documents, chosen by content, that goes to the `validation` split.
+        max_tokens: stop after this many tokens.
+        shard_blocks: blocks in a shard: the unit of scoring and of resuming.
+        seed: of the choice of held-out documents.
+        skip_bad_records: count and list unreadable records instead of stopping.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sources: list[str] = Field(min_length=1)
+    text_field: str = "text"
+    block_length: int = Field(1024, ge=2)
+    isolated: bool = False
+    heldout_fraction: float = Field(0.0, ge=0.0, le=1.0)
+    max_tokens: int | None = Field(None, ge=1)
+    shard_blocks: int = Field(4096, ge=1)
+    seed: int = 0
+    skip_bad_records: bool = False
+
+
+def build_corpus(config: CorpusConfig, tokenizer: Tokenizer, out: str | os.PathLike[str]) -> Manifest:
+    """Tokenize and pack documents into the stage folder `out`: `train-*.parquet`, `validation-*.parquet`, tokenizer.
+
+    Columns, one row a block: `input_ids`; token-aligned `document` (its number), `num_bytes` (UTF-8 bytes of text that
+    the token stands for) and `label` (index into the manifest's label names, -1 without); and for the documents in the
+    block, in order, `document_id` and `source`. An interrupted run continues after its last shard.
+
+    Raises:
+        DataError: unreadable input (see `rho.sources`), or less text than one block.
+    """
+    inputs = {"tokenizer": tokenizer.fingerprint, **source_hashes(config.sources)}
+    with open_stage(out, "corpus", config.model_dump(), inputs) as stage:
+        if stage.fresh:
+            return stage.manifest
+        build = _Build(config, stage)
+        build.load_progress()
+        build.run(tokenizer)
+        tokenizer.save(stage.folder / "tokenizer")
+        stage.add_folder("tokenizer")
+        for shard in build.shards:
+            stage.add_output(shard["file"], shard["sha256"])
+        if build.skipped:
+            write_json(stage.folder / "skipped.json", build.skipped)
+            stage.add_output("skipped.json")
+        build.progress_file.unlink(missing_ok=True)
+        return stage.finish(
+            shards=build.shards,
+            splits=build.counts,
+            labels=build.labels,
+            skipped_records=len(build.skipped),
+            vocab_size=tokenizer.vocab_size,
+            special_ids=tokenizer.special_ids,
+        )
+
+
+@dataclass
+class _Build:
+    """A corpus being built. All but `config` and `stage` is what a rerun needs to go on after the last shard."""
+
+    config: CorpusConfig
+    stage: Stage
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    counts: dict[str, dict[str, int]] = field(default_factory=lambda: {split: dict(NOTHING_YET) for split in SPLITS})
+    records: int = 0  # records read
+    documents: int = 0  # documents among them; the next one's number
+    # What does not fill a shard yet: token columns, and (number, id, source) of the documents they come from.
+    rest: dict[str, dict[str, list[np.ndarray]]] = field(
+        default_factory=lambda: {split: {c: [] for c in TOKEN_COLUMNS} for split in SPLITS}
+    )
+    names: dict[str, list[list[Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+
+    SAVED = ("shards", "labels", "skipped", "counts", "records", "documents", "names")
+
+    @property
+    def progress_file(self) -> Path:
+        return self.stage.folder / "progress.npz"
+
+    def load_progress(self) -> None:
+        """Take up the state after the last shard of an interrupted run, if there is one."""
+        if not self.progress_file.is_file():
+            return
+        with np.load(self.progress_file, allow_pickle=False) as saved:
+            for name, value in json.loads(bytes(saved["state"])).items():
+                setattr(self, name, value)
+            self.rest = {split: {c: [saved[f"{split}.{c}"]] for c in TOKEN_COLUMNS} for split in SPLITS}
+
+    def save_progress(self) -> None:
+        state = np.frombuffer(json.dumps({name: getattr(self, name) for name in self.SAVED}).encode(), np.uint8)
+        arrays = {f"{split}.{c}": _join(self.rest[split][c]) for split in SPLITS for c in TOKEN_COLUMNS}
+        with atomic_write(self.progress_file) as file:
+            np.savez(file, state=state, **arrays)
+
+    def run(self, tokenizer: Tokenizer) -> None:
+        """Read, tokenize and pack everything that is left, committing shard after shard."""
+        seen = sum(self.counts[split]["tokens"] for split in SPLITS)
+        with track(f"corpus {self.stage.folder.name}", self.config.max_tokens, seen) as advance:
+            for last_record, batch in self.batches():
+                before = sum(self.counts[split]["tokens"] for split in SPLITS)
+                for document, (ids, ends) in zip(batch, tokenizer.encode([d.text for d in batch]), strict=True):
+                    self.add(document, ids, ends, tokenizer.eos_id)
+                self.records = last_record + 1
+                tokens = sum(self.counts[split]["tokens"] for split in SPLITS)
+                advance(tokens - before)
+                if self.write_shards(self.config.shard_blocks):
+                    self.save_progress()
+                if self.config.max_tokens is not None and tokens >= self.config.max_tokens:
+                    break
+        self.write_shards(1)
+        for split in SPLITS:
+            self.counts[split]["dropped_tokens"] = self.waiting(split)
+        if not self.shards:
+            tokens = sum(self.counts[split]["tokens"] for split in SPLITS)
+            raise DataError(
+                f"{', '.join(self.config.sources)}: {tokens} tokens in {self.documents} documents, shorter than one "
+                f"block of {self.config.block_length}. Give more text or a smaller --block-length."
+            )
+
+    def batches(self) -> Iterator[tuple[int, list[Document]]]:
+        """Documents in batches of about `BATCH_CHARACTERS`, each with the number of its last record."""
+        on_bad = self.skip if self.config.skip_bad_records else None
+        batch: list[Document] = []
+        characters = number = 0
+        for number, document in read_documents(self.config.sources, self.config.text_field, on_bad, self.records):
+            batch.append(document)
+            characters += len(document.text)
+            if characters >= BATCH_CHARACTERS:
+                yield number, batch
+                batch, characters = [], 0
+        if batch:
+            yield number, batch
+
+    def skip(self, record: SkippedRecord) -> None:
+        self.skipped.append({"where": record.where, "reason": record.reason})
+
+    def add(self, document: Document, ids: np.ndarray, ends: np.ndarray, eos_id: int) -> None:
+        """Append one document and its end token to its split."""
+        split = "validation" if self.is_heldout(document.text) else "train"
+        count = self.counts[split]
+        if len(ids) == 0:
+            count["empty_documents"] += 1
+            return
+        columns = {
+            "input_ids": np.append(ids, np.int32(eos_id)),
+            "document": np.full(len(ids) + 1, self.documents, np.int32),
+            "num_bytes": np.append(token_bytes(document.text, ends), np.int32(0)),
+            "label": np.append(self.token_labels(document, ends), np.int32(NO_LABEL)),
+        }
+        for name, values in columns.items():
+            self.rest[split][name].append(values)
+        self.names[split].append([self.documents, document.id, document.source])
+        self.documents += 1
+        count["documents"] += 1
+        count["tokens"] += len(ids) + 1
+        count["bytes"] += int(columns["num_bytes"].sum())
+
+    def is_heldout(self, text: str) -> bool:
+        """By content: copies of a document fall on the same side."""
+        digest = blake2b(f"{self.config.seed}\n{text}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.config.heldout_fraction * 2**64
+
+    def token_labels(self, document: Document, ends: np.ndarray) -> np.ndarray:
+        """The label of each token: that of the span which holds its last character."""
+        if not document.spans:
+            return np.full(len(ends), NO_LABEL, np.int32)
+        for _, _, label in document.spans:
+            if label not in self.labels:
+                self.labels.append(label)
+        spans = sorted((start, end, self.labels.index(label)) for start, end, label in document.spans if end > start)
+        starts, stops, names = (np.array(column) for column in zip(*spans, strict=True))
+        last = ends - 1
+        span = np.searchsorted(starts, last, side="right") - 1
+        return np.where((span >= 0) & (last < stops[span]), names[span], NO_LABEL).astype(np.int32)
+
+    def waiting(self, split: str) -> int:
+        return sum(len(part) for part in self.rest[split]["input_ids"])
+
+    def write_shards(self, at_least: int) -> bool:
+        """Write shards of up to `shard_blocks` blocks while `at_least` blocks are waiting."""
+        written = False
+        for split in SPLITS:
+            while (blocks := self.waiting(split) // self.config.block_length) >= at_least:
+                self.write_shard(split, min(blocks, self.config.shard_blocks))
+                written = True
+        return written
+
+    def write_shard(self, split: str, blocks: int) -> None:
+        tokens = {name: _join(parts) for name, parts in self.rest[split].items()}
+        size = blocks * self.config.block_length
+        rows = {name: values[:size].reshape(blocks, -1) for name, values in tokens.items()}
+        names = {number: (name, source) for number, name, source in self.names[split]}
+        in_block = [[names[number] for number in dict.fromkeys(row.tolist())] for row in rows["document"]]
+        number = sum(shard["split"] == split for shard in self.shards)
+        file = f"{split}-{number:05d}.parquet"
+        write_shard(
+            self.stage.folder / file,
+            {
+                **rows,
+                "label": rows["label"].astype(np.int8),
+                "document_id": [np.array([name for name, _ in block], dtype=object) for block in in_block],
+                "source": [np.array([source for _, source in block], dtype=object) for block in in_block],
+            },
+        )
+        sha256 = hash_file(self.stage.folder / file)
+        self.shards.append({"file": file, "split": split, "rows": blocks, "sha256": sha256})
+        self.counts[split]["blocks"] += blocks
+        self.rest[split] = {name: [values[size:]] for name, values in tokens.items()}
+        left = set(self.rest[split]["document"][0].tolist())
+        self.names[split] = [entry for entry in self.names[split] if entry[0] in left]
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
+def token_bytes(text: str, ends: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes of text that each token stands for; they add up to the bytes of the text.
+
+    Args:
+        text: the document.
+        ends: the character at which each of its tokens ends. Where several tokens share one character, the first
+            gets its bytes; what lies behind the last token's end goes to the last token.
+    """
+    if text.isascii():
+        position = np.arange(len(text) + 1)
+    else:
+        code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        position = np.concatenate([[0], np.cumsum(1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000))])
+    reached = np.maximum.accumulate(ends)
+    reached[-1] = len(text)
+    return np.diff(position[reached], prepend=0).astype(np.int32)
+
+
+class Corpus(Shards):
+    """One split of a corpus folder, row by row, ready for a model."""
+
+    def __init__(self, folder: str | os.PathLike[str], split: str = "train") -> None:
+        super().__init__(folder, split, "corpus")
+        facts = self.manifest.facts
+        self.vocab_size: int = facts["vocab_size"]
+        self.labels: list[str] = facts["labels"]
+        self.isolated: bool = self.manifest.config["isolated"]
+        self.block_length: int = self.manifest.config["block_length"]
+        self.special_ids = torch.tensor(facts["special_ids"])
+        if not self.shards:
+            raise DataError(
+                f"{self.folder}: the {split} split is empty. For held-out text build the corpus with a "
+                "--heldout-fraction above 0 (1.0 for a set that is only evaluated)."
+            )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the corpus was made with."""
+        return Tokenizer.load(self.folder / "tokenizer")
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash of the corpus."""
+        return self.manifest.fingerprint
+
+    def inputs(self, row: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """What a model reads of one row: input_ids_T, position_ids_T and labels_T (`token_labels`)."""
+        input_ids = torch.from_numpy(row["input_ids"].astype(np.int64))
+        position_ids = torch.from_numpy(positions(row["document"], self.isolated))
+        labels = token_labels(input_ids, position_ids, self.special_ids)
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+    def check_vocabulary(self, model_vocab_size: int, model_name: str) -> None:
+        """Refuse a model that has no embedding for some of the corpus's tokens, naming both sizes."""
+        if model_vocab_size < self.vocab_size:
+            raise MismatchError(
+                f"the vocabularies differ: {self.folder} has token ids up to {self.vocab_size - 1}, model {model_name} "
+                f"has {model_vocab_size} embeddings. Use the model's own tokenizer, or a model with this one."
+            )
+
+
+def positions(document_T: np.ndarray, isolated: bool) -> np.ndarray:
+    """position_ids_T (int64): 0, 1, 2 ... over the block, or from the start of each document where isolated."""
+    index = np.arange(len(document_T))
+    if not isolated:
+        return index
+    first = np.diff(document_T, prepend=-1) != 0
+    return index - np.maximum.accumulate(np.where(first, index, 0))

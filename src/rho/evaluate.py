@@ -1,0 +1,212 @@
+"""Evaluate: loss and bits per byte of checkpoints on held-out sets, and a page of text token by token."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rho.corpus import Corpus
+from rho.errors import DataError
+from rho.models import ModelConfig, check_head, device, make_model, source_hash
+from rho.objective import IGNORE_INDEX, excess_loss
+from rho.progress import track
+from rho.runs import Manifest, atomic_write, open_stage, read_manifest
+from rho.score import check_tokenizer, load_reference, mean_loss, score_batch
+from rho.selection import Selector
+
+
+class EvaluateConfig(BaseModel):
+    """Settings of the evaluate stage.
+
+    Attributes:
+        batch_size: blocks a forward.
+        token_blocks: blocks of the explored set that are written out token by token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: int = Field(8, ge=1)
+    token_blocks: int = Field(4, ge=0)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to evaluate, and where in which training run it stood."""
+
+    model: str
+    arm: str = "model"
+    seed: int = 0
+    step: int = 0
+    tokens_seen: int = 0
+    tokens_selected: int = 0
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """Text to write out token by token: a held-out set, the reference, and the selection to show."""
+
+    corpus: Corpus
+    reference: ModelConfig
+    selector: Selector
+
+
+def checkpoints_of(train_folder: str | os.PathLike[str], arm: str) -> list[Checkpoint]:
+    """Every checkpoint of a finished train stage, in order of steps."""
+    manifest = read_manifest(train_folder, "train")
+    return [
+        Checkpoint(str(Path(train_folder) / c.pop("folder")), arm, manifest.config["seed"], **c)
+        for c in map(dict, manifest.facts["checkpoints"])
+    ]
+
+
+def evaluate(
+    config: EvaluateConfig,
+    models: Sequence[Checkpoint],
+    sets: Mapping[str, Corpus],
+    out: str | os.PathLike[str],
+    explore: Exploration | None = None,
+) -> Manifest:
+    """Write `losses.jsonl` (a line for each model and set) and, with `explore`, `tokens.parquet` into `out`.
+
+    Losses are means over all labelled tokens of the sets' `validation` splits; the last of `models` is the one
+    explored. An interrupted run goes on after the last line written.
+
+    Raises:
+        MismatchError: a model with another tokenizer or vocabulary than a set.
+    """
+    if not models or not sets:
+        raise DataError(f"{out}: nothing to evaluate: {len(models)} models, {len(sets)} sets.")
+    inputs = {f"model:{m.model}": source_hash(ModelConfig(path=m.model)) for m in models}
+    inputs |= {f"set:{name}": corpus.fingerprint for name, corpus in sets.items()}
+    if explore is not None:
+        inputs |= {"explore": explore.corpus.fingerprint, "reference": source_hash(explore.reference)}
+        settings = {**config.model_dump(), "selector": asdict(explore.selector)}
+    with open_stage(out, "evaluate", settings if explore else config.model_dump(), inputs) as stage:
+        if stage.fresh:
+            return stage.manifest
+        unfinished = stage.folder / ".losses.jsonl"
+        rows = _finished_rows(unfinished)
+        total = len(models) * sum(len(corpus) * corpus.block_length for corpus in sets.values())
+        with track(f"evaluate {stage.folder.name}", total) as advance:
+            for entry in models:
+                rows += _evaluate_model(entry, sets, config, rows, unfinished, advance)
+        with atomic_write(stage.folder / "losses.jsonl") as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        stage.add_output("losses.jsonl")
+        unfinished.unlink(missing_ok=True)
+        if explore is not None:
+            _write_tokens(models[-1], explore, config, stage.folder / "tokens.parquet")
+            stage.add_output("tokens.parquet")
+        return stage.finish()
+
+
+def _finished_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # cut short by a kill
+    return rows
+
+
+def _evaluate_model(
+    entry: Checkpoint,
+    sets: Mapping[str, Corpus],
+    config: EvaluateConfig,
+    done: list[dict[str, Any]],
+    unfinished: Path,
+    advance: Any,
+) -> list[dict[str, Any]]:
+    finished = {(row["model"], row["set"]) for row in done}
+    missing = {name: corpus for name, corpus in sets.items() if (entry.model, name) not in finished}
+    rows = []
+    model = _load(entry, next(iter(missing.values()))) if missing else None
+    for name, corpus in missing.items():
+        assert model is not None
+        corpus.check_vocabulary(model.config.vocab_size, entry.model)
+        check_tokenizer(ModelConfig(path=entry.model), corpus)
+        loss = mean_loss(model, corpus, config.batch_size)
+        row = {
+            **asdict(entry),
+            "set": name,
+            "loss": loss.nats_per_token,
+            "bits_per_byte": loss.bits_per_byte,
+            "tokens": loss.tokens,
+            "bytes": loss.bytes,
+        }
+        with unfinished.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        rows.append(row)
+        advance(len(corpus) * corpus.block_length)
+    return rows
+
+
+def _load(entry: Checkpoint, corpus: Corpus) -> PreTrainedModel:
+    model = make_model(ModelConfig(path=entry.model), corpus.vocab_size)
+    check_head(model)
+    return model.to(device()).eval()
+
+
+def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfig, path: Path) -> None:
+    """One row a token of the first blocks: what model and reference lose, and whether it would be selected."""
+    corpus = explore.corpus
+    model = _load(entry, corpus)
+    reference = load_reference(explore.reference, corpus)
+    columns = ("input_ids", "document", "label", "document_id", "source")
+    rows = [corpus.row(block, columns) for block in range(min(config.token_blocks, len(corpus)))]
+    inputs = [corpus.inputs(row) for row in rows]
+    batch = {name: torch.stack([one[name] for one in inputs]) for name in inputs[0]}
+    loss, ref_loss = score_batch(model, batch)[0].cpu(), score_batch(reference, batch)[0].cpu()
+    eligible = explore.selector.eligible(batch["labels"], ref_loss)
+    selected = explore.selector.select(eligible, loss, ref_loss, torch.arange(len(rows)), entry.step)
+    excess = excess_loss(loss, ref_loss).masked_fill(batch["labels"] == IGNORE_INDEX, torch.nan)
+    tables = [
+        _token_table(entry, corpus, row, loss[b], ref_loss[b], excess[b], selected[b]) for b, row in enumerate(rows)
+    ]
+    with atomic_write(path) as file:
+        pq.write_table(pa.concat_tables(tables), file, write_page_checksum=True, compression="zstd")
+
+
+def _token_table(
+    entry: Checkpoint,
+    corpus: Corpus,
+    row: dict[str, np.ndarray],
+    loss_T: Tensor,
+    ref_loss_T: Tensor,
+    excess_T: Tensor,
+    selected_T: Tensor,
+) -> pa.Table:
+    order = {number: i for i, number in enumerate(dict.fromkeys(row["document"].tolist()))}
+    which = [order[number] for number in row["document"].tolist()]
+    scored = excess_T.isfinite()
+    rank = torch.full_like(excess_T, torch.nan)
+    rank[scored] = excess_T[scored].argsort().argsort().float() / max(int(scored.sum()) - 1, 1)
+    return pa.table(
+        {
+            "arm": [entry.arm] * len(which),
+            "seed": [entry.seed] * len(which),
+            "document": [str(row["document_id"][i]) for i in which],
+            "source": [str(row["source"][i]) for i in which],
+            "position": np.arange(len(which)),
+            "text": corpus.tokenizer.pieces(row["input_ids"]),
+            "loss": loss_T.numpy(),
+            "ref_loss": ref_loss_T.numpy(),
+            "excess": excess_T.numpy(),
+            "rank": rank.numpy(),
+            "selected": selected_T.numpy(),
+            "label": pa.array([corpus.labels[i] if i >= 0 else None for i in row["label"]], pa.string()),
+        }
+    )

@@ -1,0 +1,149 @@
+"""Hugging Face causal language models: made or loaded, fingerprinted, and taken apart into backbone and head."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+
+from rho.errors import ConfigError, MismatchError
+from rho.runs import MANIFEST, hash_file, hash_json
+
+
+class ModelConfig(BaseModel):
+    """A causal language model: either loaded, or new with random weights.
+
+    Attributes:
+        path: a folder of rho or Transformers, or a Hugging Face name.
+        architecture: settings of a `transformers` config, `model_type` among them; the vocabulary is the corpus's.
+        revision: of a Hugging Face name.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str | None = None
+    architecture: dict[str, Any] | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ModelConfig:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("give either 'path' (a model to load) or 'architecture' (a new one), not both")
+        return self
+
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def make_model(
+    config: ModelConfig, vocab_size: int, seed: int = 0, precision: Precision = "float32"
+) -> PreTrainedModel:
+    """The model of `config`, in float32 unless asked otherwise; new weights are drawn with `seed`."""
+    dtype = getattr(torch, precision)
+    if config.architecture is not None:
+        settings = dict(config.architecture)
+        try:
+            architecture = AutoConfig.for_model(settings.pop("model_type"), **{"vocab_size": vocab_size, **settings})
+        except (KeyError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"model.architecture: {error}. It needs a 'model_type' that transformers knows."
+            ) from error
+        set_seed(seed)
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_folder(str(config.path)),
+            dtype=dtype,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{config.path}: no model could be loaded from here ({str(error).splitlines()[0]})."
+        ) from error
+
+
+def model_folder(path: str) -> str:
+    """Where the Transformers files are: a stage folder of rho holds them in `model/`."""
+    inner = Path(path) / "model"
+    return str(inner) if (Path(path) / MANIFEST).is_file() and inner.is_dir() else path
+
+
+def source_hash(config: ModelConfig, seed: int = 0) -> str:
+    """Content hash of what `make_model` makes: of the weight files, or of the architecture and seed."""
+    if config.path is None:
+        return hash_json([config.architecture, seed])
+    folder = Path(model_folder(config.path))
+    if not folder.is_dir():
+        return hash_json([config.path, config.revision])
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
+    if not all(file.is_file() for file in files) or len(files) < 2:
+        raise ConfigError(f"{folder}: not a model folder: expected config.json and weights (*.safetensors).")
+    return hash_json([(file.name, hash_file(file)) for file in files])
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+    """hidden_BTD, the head's input; row t is what the head predicts token t+1 from.
+
+    No cache and no attention mask: only so does Transformers keep documents apart where position ids restart.
+    """
+    return model.base_model(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
+
+
+def head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """The head's weight_VD and bias_V (or None)."""
+    layer: nn.Module = model.get_output_embeddings()
+    return layer.weight, getattr(layer, "bias", None)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not `hidden @ weight.T + bias`: some scale or cap them, silently wrong here.
+
+    Raises:
+        MismatchError: with the largest difference seen.
+    """
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    was_training = model.training
+    model.eval()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    weight, bias = head(model)
+    own = hidden_states(model, ids, torch.arange(8, device=model.device)[None]) @ weight.T
+    own = (own if bias is None else own + bias).float()
+    model.train(was_training)
+    difference = (logits - own).abs().max().item()
+    if not difference <= 1e-2 * max(1.0, logits.abs().max().item()):
+        raise MismatchError(
+            f"{type(model).__name__}: its logits differ from hidden states times head by up to {difference:.3g}: it "
+            "scales or caps its logits, which rho does not support yet."
+        )
+
+
+def model_name(config: ModelConfig) -> str:
+    """For messages."""
+    return config.path or f"new {config.architecture and config.architecture.get('model_type')}"
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write a plain Transformers model into `folder`, which appears whole or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    model.save_pretrained(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)

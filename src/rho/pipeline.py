@@ -1,0 +1,137 @@
+"""`rho run`: every stage of a config, in order, in one run directory; what is fresh is left alone."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rho.config import RunConfig
+from rho.corpus import Corpus, build_corpus
+from rho.evaluate import Checkpoint, EvaluateConfig, Exploration, checkpoints_of, evaluate
+from rho.models import ModelConfig
+from rho.progress import say
+from rho.report import write_report
+from rho.runs import MANIFEST, Manifest, atomic_write, is_made_from, read_manifest
+from rho.score import score_corpus
+from rho.store import ScoreStore
+from rho.tokenizer import Tokenizer, train_tokenizer
+from rho.train import TrainConfig, train
+
+DEMO = Path(str(files("rho") / "recipes" / "demo.yaml"))
+
+
+def run(config: RunConfig, folder: str | os.PathLike[str] | None = None) -> Path:
+    """Run every stage of `config` that is not fresh and return the report's page.
+
+    Args:
+        config: the whole run.
+        folder: the run directory, `runs/<name>` unless given.
+    """
+    pipeline = _Pipeline(config, Path(folder) if folder is not None else Path("runs") / config.name)
+    pipeline.folder.mkdir(parents=True, exist_ok=True)
+    pipeline.corpora()
+    pipeline.reference()
+    pipeline.scores()
+    for seed in config.train.seeds:
+        for arm in config.train.arms:
+            pipeline.train(arm, seed)
+    pipeline.evaluate()
+    return pipeline.report()
+
+
+class _Pipeline:
+    """The stages of one run; each method runs one, reading what the earlier ones wrote."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+
+    def corpora(self) -> None:
+        config = self.config.tokenizer
+        path = config.path
+        if config.vocab_size is not None:
+            sources = [source for name in config.corpora for source in self.config.corpora[name].sources]
+            train_tokenizer(sources, config.vocab_size, self.folder / "tokenizer")
+            path = str(self.folder / "tokenizer" / "tokenizer")
+        tokenizer = Tokenizer.load(str(path), config.eos)
+        for name, corpus in self.config.corpora.items():
+            build_corpus(corpus, tokenizer, self.corpus_folder(name))
+
+    def corpus_folder(self, name: str) -> Path:
+        return self.folder / "corpus" / name
+
+    def target(self) -> Corpus:
+        return Corpus(self.corpus_folder(self.config.target), "validation")
+
+    def reference(self) -> None:
+        config = self.config.reference
+        if config.corpus is not None:
+            settings = TrainConfig(seed=config.seed, arguments=config.arguments)
+            train(settings, Corpus(self.corpus_folder(config.corpus)), self.config.model, self.folder / "reference")
+
+    def reference_model(self) -> ModelConfig:
+        return ModelConfig(path=self.config.reference.path or str(self.folder / "reference"))
+
+    def scores(self) -> None:
+        corpus = Corpus(self.corpus_folder(self.config.corpus))
+        score_corpus(self.config.score, corpus, self.reference_model(), self.scores_folder(), self.target())
+
+    def scores_folder(self) -> Path:
+        return self.folder / "scores" / "reference"
+
+    def train(self, arm: str, seed: int) -> None:
+        config = self.config.train
+        train(
+            config.arm(arm, seed),
+            Corpus(self.corpus_folder(self.config.corpus)),
+            self.config.model,
+            self.folder / "train" / f"{arm}-seed{seed}",
+            ScoreStore(self.scores_folder()),
+            self.target(),
+            config.allow_weak_reference,
+        )
+
+    def evaluate(self) -> None:
+        """The reference, then every checkpoint of every arm and seed, each in a folder of its own."""
+        config = self.config.evaluate
+        sets = {name: Corpus(self.corpus_folder(name), "validation") for name in config.sets}
+        settings = EvaluateConfig(**config.model_dump(exclude={"sets", "explore"}))
+        reference = self.reference_model()
+        evaluate(settings, [Checkpoint(str(reference.path), "reference")], sets, self.folder / "evaluate" / "reference")
+        for seed in self.config.train.seeds:
+            for arm in self.config.train.arms:
+                name = f"{arm}-seed{seed}"
+                explore = None
+                if config.explore is not None:
+                    text = Corpus(self.corpus_folder(config.explore), "validation")
+                    explore = Exploration(text, reference, self.config.train.arm(arm, seed).selector)
+                models = checkpoints_of(self.folder / "train" / name, arm)
+                evaluate(settings, models, sets, self.folder / "evaluate" / name, explore)
+
+    def report(self) -> Path:
+        """The page, made anew if any stage's output is new."""
+        page = self.folder / "report" / "index.html"
+        inputs = {str(m.parent.relative_to(self.folder)): read_manifest(m.parent).fingerprint for m in self.manifests()}
+        made = Manifest("report", {"target": self.config.target}, inputs)
+        if page.is_file() and is_made_from(page.parent, made):
+            say(f"every stage in {self.folder} is fresh: nothing to do. Report: {page}")
+            return page
+        write_yaml(self.folder / "config.yaml", self.config.model_dump(exclude_defaults=True))
+        write_report(self.folder)
+        made.status = "complete"
+        made.write(page.parent)
+        say(f"report: {page}")
+        return page
+
+    def manifests(self) -> list[Path]:
+        found = sorted(self.folder.rglob(MANIFEST))
+        return [path for path in found if path.parent != self.folder / "report"]
+
+
+def write_yaml(path: Path, tree: dict[str, Any]) -> None:
+    """Atomically write a config tree."""
+    with atomic_write(path) as file:
+        file.write(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())

@@ -1,0 +1,246 @@
+"""What the report reads from a run directory, as typed records."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from rho.errors import DataError
+from rho.runs import MANIFEST, Manifest, hash_file, read_manifest
+
+REFERENCE = "reference"
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's loss on one set; the reference model's seed is 0."""
+
+    arm: str
+    seed: int
+    step: int
+    tokens_seen: int
+    tokens_selected: int
+    set: str
+    loss: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One logged optimizer step; a value that the step does not have is NaN or missing from its mapping."""
+
+    step: int
+    eligible: int
+    selected: int
+    loss_selected: float
+    loss_unselected: float
+    loss_all: float
+    excess: dict[str, float]
+    labels: dict[str, tuple[int, int]]
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One token of a held-out document as one model sees it."""
+
+    arm: str
+    seed: int
+    document: str
+    source: str
+    text: str
+    loss: float
+    ref_loss: float
+    excess: float
+    rank: float
+    selected: bool
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the report shows. `stages` maps a stage's folder to its manifest, None where it is not finished."""
+
+    name: str
+    config: str
+    stages: dict[str, Manifest | None]
+    target: str
+    evaluations: list[Evaluation]
+    steps: dict[tuple[str, int], list[Step]]
+    tokens: list[TokenRow]
+
+    @property
+    def arms(self) -> list[str]:
+        """The trained arms, those evaluated first, in the order of their files."""
+        names = [row.arm for row in self.evaluations] + [arm for arm, _ in self.steps]
+        return [name for name in dict.fromkeys(names) if name != REFERENCE]
+
+    def seeds(self, arm: str) -> list[int]:
+        """The seeds for which `arm` was evaluated or has logged steps."""
+        evaluated = {row.seed for row in self.evaluations if row.arm == arm}
+        return sorted(evaluated | {seed for name, seed in self.steps if name == arm})
+
+    def curve(self, arm: str, seed: int, name: str) -> list[Evaluation]:
+        """The evaluations of one trained model on the set `name`, by step."""
+        by_step = {row.step: row for row in self.evaluations if (row.arm, row.seed, row.set) == (arm, seed, name)}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def selective(self, arm: str) -> bool:
+        """Whether `arm` left out any eligible token in a logged step."""
+        return any(s.selected < s.eligible for (name, _), steps in self.steps.items() if name == arm for s in steps)
+
+
+def read_run(run: Path) -> Run:
+    """Read the run directory; a `DataError` if no evaluate stage in it is finished or a file is damaged."""
+    stages = _stages(run)
+    evaluated = {name: made for name, made in stages.items() if made and name.split("/")[0] == "evaluate"}
+    if not evaluated:
+        raise DataError(
+            f"{run}: the report needs a finished evaluate stage, found none in {run / 'evaluate'}. "
+            "Run that stage first, then the report."
+        )
+    config = run / "config.yaml"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    return Run(
+        name=run.resolve().name,
+        config=text,
+        stages=stages,
+        target=_target(config, text, list(evaluated.values())),
+        evaluations=[
+            row for name, made in evaluated.items() for row in _lines(run, name, "losses.jsonl", made, _evaluation)
+        ],
+        steps=_steps(run, stages),
+        tokens=[row for name, made in evaluated.items() for row in _tokens(run / name / "tokens.parquet", made)],
+    )
+
+
+def _stages(run: Path) -> dict[str, Manifest | None]:
+    folders = {path.parent for pattern in (f"*/{MANIFEST}", f"*/*/{MANIFEST}") for path in run.glob(pattern)}
+    stages: dict[str, Manifest | None] = {}
+    for folder in sorted(folders - {run / "report"}):
+        try:
+            stages[folder.relative_to(run).as_posix()] = read_manifest(folder)
+        except DataError:
+            stages[folder.relative_to(run).as_posix()] = None
+    return stages
+
+
+def _target(path: Path, config: str, evaluated: list[Manifest]) -> str:
+    """The target set's name: as an evaluate stage noted it, else the config's, else `target`."""
+    if noted := [made.facts["target"] for made in evaluated if "target" in made.facts]:
+        return str(noted[0])
+    try:
+        tree = yaml.safe_load(config)
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: is not YAML ({error}). Restore the file that the run wrote.") from error
+    return str(tree.get("target", "target")) if isinstance(tree, dict) else "target"
+
+
+def _steps(run: Path, stages: dict[str, Manifest | None]) -> dict[tuple[str, int], list[Step]]:
+    steps = {}
+    for path in [run / REFERENCE / "steps.jsonl", *sorted(run.glob("train/*/steps.jsonl"))]:
+        folder = path.parent.relative_to(run).as_posix()
+        name = re.fullmatch(r"train/(.+)-seed(\d+)", folder, re.DOTALL)
+        if path.is_file() and (name or folder == REFERENCE):
+            key = (name[1], int(name[2])) if name else (REFERENCE, 0)
+            steps[key] = _lines(run, folder, path.name, stages.get(folder), _step)
+    return steps
+
+
+def _intact(path: Path, manifest: Manifest | None) -> None:
+    """Refuse a file that is not the one its finished stage recorded."""
+    recorded = manifest.outputs.get(path.name) if manifest else None
+    if recorded and hash_file(path) != recorded["sha256"]:
+        raise DataError(f"{path}: changed since its stage wrote it. Restore it or run that stage again.")
+
+
+def _lines(
+    run: Path, folder: str, name: str, manifest: Manifest | None, parse: Callable[[dict[str, Any]], Record]
+) -> list[Record]:
+    path = run / folder / name
+    if not path.is_file():
+        raise DataError(f"{path}: expected a file of JSON lines, found none. Run the stage of this folder again.")
+    _intact(path, manifest)
+    *lines, tail = path.read_bytes().split(b"\n")
+    if manifest:  # of a stage still at work, the last line may be half written
+        lines.append(tail)
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(parse(json.loads(line)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{path}, line {number}: not a record of this file ({type(error).__name__}: {error}). "
+                "Restore the file or run its stage again."
+            ) from error
+    return records
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _evaluation(row: dict[str, Any]) -> Evaluation:
+    return Evaluation(
+        arm=str(row["arm"]),
+        seed=0 if row["arm"] == REFERENCE else int(row["seed"]),
+        step=int(row["step"] or 0),
+        tokens_seen=int(row["tokens_seen"] or 0),
+        tokens_selected=int(row["tokens_selected"] or 0),
+        set=str(row["set"]),
+        loss=_number(row["loss"]),
+        bits_per_byte=_number(row["bits_per_byte"]),
+    )
+
+
+def _step(row: dict[str, Any]) -> Step:
+    return Step(
+        step=int(row["step"]),
+        eligible=int(row["eligible"]),
+        selected=int(row["selected"]),
+        loss_selected=_number(row.get("loss_selected")),
+        loss_unselected=_number(row.get("loss_unselected")),
+        loss_all=_number(row.get("loss_all")),
+        excess={key: _number(value) for key, value in (row.get("excess") or {}).items()},
+        labels={key: (int(n["eligible"]), int(n["selected"])) for key, n in (row.get("labels") or {}).items()},
+        tokens_per_second=_number(row.get("tokens_per_second")),
+    )
+
+
+def _tokens(path: Path, manifest: Manifest) -> list[TokenRow]:
+    if not path.is_file():
+        return []
+    _intact(path, manifest)
+    try:
+        rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
+        return [_token(row) for row in rows]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: can't be read as token rows ({error}). Run the evaluate stage again.") from error
+
+
+def _token(row: dict[str, Any]) -> TokenRow:
+    return TokenRow(
+        arm=str(row["arm"]),
+        seed=int(row["seed"]),
+        document=str(row["document"]),
+        source=str(row["source"] or ""),
+        text=str(row["text"] or ""),
+        loss=_number(row["loss"]),
+        ref_loss=_number(row["ref_loss"]),
+        excess=_number(row["excess"]),
+        rank=_number(row["rank"]),
+        selected=bool(row["selected"]),
+        label=None if row["label"] is None else str(row["label"]),
+    )

@@ -1,0 +1,188 @@
+"""The HTML page: what stands in it, in words, tables and plots."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rho.report import plots
+from rho.report.data import REFERENCE, Run
+from rho.report.tokens import BINS, colour_scale, token_pages, visible
+
+NONE = "–"
+
+
+def render(run: Run, summary: dict[str, Any]) -> str:
+    """The page as one string of HTML without scripts."""
+    environment = Environment(
+        loader=PackageLoader("rho.report", ""),
+        autoescape=True,
+        # Applies to every expression of the template, before escaping: no string of the run can come out unseen.
+        finalize=lambda value: visible(value) if isinstance(value, str) else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(loss=_loss, count=_count, percent=_percent, spread=_spread)
+    labels = sorted(
+        {label for seeds in summary["arms"].values() for one in seeds.values() for label in one["label_share"]}
+    )
+    return environment.get_template("template.html.j2").render(
+        run=run,
+        summary=summary,
+        headline=headline(summary),
+        reference_arm=REFERENCE,
+        evaluations=[row for row in run.evaluations if row.set == run.target and row.arm != REFERENCE],
+        target_plots=_target_plots(run, summary),
+        results=_results(summary),
+        selective=[arm for arm in run.arms if run.selective(arm)],
+        plots=_step_plots(run),
+        labels=labels,
+        label_rows=_label_rows(summary, labels),
+        pages=token_pages(run.tokens),
+        bins=range(BINS),
+        light=colour_scale(dark=False),
+        dark=colour_scale(dark=True),
+        colours=plots.COLOURS,
+        versions=_versions(run),
+    )
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """The result in one sentence, good or bad."""
+    target, base = summary["target"], summary["baseline"]
+    finals = {
+        arm: [one["final"][target]["loss"] for one in seeds.values() if target in one["final"]]
+        for arm, seeds in summary["arms"].items()
+    }
+    parts = [f"{arm} {_loss_of_seeds(losses)}" for arm, losses in finals.items() if losses]
+    if not parts:
+        return f"No trained model was evaluated on the target set “{target}” yet."
+    results = [f"Final loss on the target set “{target}”: " + ", ".join(parts)]
+    if base is None:
+        return results[0] + "; there is no plain-training arm, so no ratio of tokens is given."
+    results += [_reached(arm, base, seeds) for arm, seeds in summary["arms"].items() if arm != base]
+    return "; ".join(filter(None, results)) + "."
+
+
+def _loss_of_seeds(losses: Sequence[float | None]) -> str:
+    finite = [loss for loss in losses if loss is not None]
+    if not finite:
+        return "not finite"
+    count = f"mean of {len(finite)} seeds, {min(finite):.3f} to {max(finite):.3f}" if len(finite) > 1 else "one seed"
+    lost = f", {len(losses) - len(finite)} not finite" if len(finite) < len(losses) else ""
+    return f"{statistics.fmean(finite):.3f} ({count}{lost})"
+
+
+def _reached(arm: str, base: str, seeds: dict[str, Any]) -> str:
+    """Whether and when one arm came down to the baseline's final loss; empty if that can't be said."""
+    compared = [one["tokens_to_target"] for one in seeds.values() if one["goal"] is not None]
+    shares = [one["ratio_seen"] for one in compared if one and one["ratio_seen"] is not None]
+    if not compared:
+        return ""
+    if not shares:
+        return f"{arm} never reached {base}'s final target loss"
+    some = f" in {len(shares)} of {len(compared)} seeds" if len(shares) < len(compared) else ""
+    spread = f" ({_percent(min(shares))} to {_percent(max(shares))})" if len(shares) > 1 else ""
+    after = f"{_percent(statistics.fmean(shares))} of {base}'s tokens{spread}"
+    return f"{arm} reached {base}'s final target loss{some} after {after}"
+
+
+def _target_plots(run: Run, summary: dict[str, Any]) -> list[plots.Plot]:
+    curves = {arm: [c for seed in run.seeds(arm) if (c := run.curve(arm, seed, run.target))] for arm in run.arms}
+    if not any(curves.values()):
+        return []
+    goals = [one["goal"] for one in summary["arms"].get(summary["baseline"], {}).values() if one["goal"] is not None]
+    goal = statistics.fmean(goals) if goals else None
+    whole = plots.target_loss(curves, goal, summary["reference_loss"])
+    if max(len(curve) for runs in curves.values() for curve in runs) < 4:
+        return [whole]
+    return [whole, plots.target_loss(curves, goal, None, since=0.5)]
+
+
+def _step_plots(run: Run) -> dict[str, Any]:
+    """The plots over optimizer steps: `ratio` for all arms, the others for each arm that selects."""
+    steps = {arm: [s for seed in run.seeds(arm) if (s := run.steps.get((arm, seed), []))] for arm in run.arms}
+    steps = {arm: runs for arm, runs in steps.items() if runs}
+    selective = {arm: runs for arm, runs in steps.items() if run.selective(arm)}
+    with_excess = {arm for arm, runs in steps.items() if any(step.excess for run in runs for step in run)}
+    with_labels = {arm for arm, runs in steps.items() if any(step.labels for run in runs for step in run)}
+    return {
+        "ratio": plots.realised_ratio(steps) if steps else None,
+        "losses": {arm: plots.losses(runs) for arm, runs in selective.items()},
+        "excess": {arm: plots.excess_quantiles(runs) for arm, runs in selective.items() if arm in with_excess},
+        "labels": {arm: plots.label_shares(runs) for arm, runs in selective.items() if arm in with_labels},
+    }
+
+
+def _results(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of results: every arm on every set, then the reference model."""
+    trained = {arm: list(seeds.values()) for arm, seeds in summary["arms"].items()}
+    rows = []
+    for arm, seeds in [*trained.items(), (f"{REFERENCE} model", [summary["reference"]])]:
+        for name in sorted({name for one in seeds for name in one["final"]}, key=lambda n: (n != summary["target"], n)):
+            rows.append(
+                {
+                    "arm": arm,
+                    "set": name,
+                    "seeds": len(seeds) if arm in trained else None,
+                    "loss": [one["final"][name]["loss"] for one in seeds if name in one["final"]],
+                    "bits": [one["final"][name]["bits_per_byte"] for one in seeds if name in one["final"]],
+                    **{
+                        key: _mean(one[key] for one in seeds)
+                        for key in ("tokens_seen", "tokens_selected", "tokens_per_second")
+                    },
+                }
+            )
+    return rows
+
+
+def _label_rows(summary: dict[str, Any], labels: Sequence[str]) -> dict[str, list[str]]:
+    """Per arm, the share selected of every label and of all tokens."""
+    return {
+        arm: [
+            *(_spread([one["label_share"].get(label) for one in seeds.values()], _percent) for label in labels),
+            _spread([one["mean_ratio"] for one in seeds.values()], _percent),
+        ]
+        for arm, seeds in summary["arms"].items()
+    }
+
+
+def _versions(run: Run) -> dict[str, list[str]]:
+    """Each distinct set of versions with the stage folders made under it."""
+    made: dict[str, list[str]] = {}
+    for folder, manifest in run.stages.items():
+        if manifest is not None:
+            known = {key: value for key, value in manifest.environment.items() if key != "seconds"}
+            made.setdefault(", ".join(f"{key} {value}" for key, value in known.items()), []).append(folder)
+    return made
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _loss(value: float | None) -> str:
+    return NONE if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _count(value: float | None) -> str:
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def _spread(values: Sequence[float | None], form: Callable[[float | None], str] = _loss) -> str:
+    """Mean over seeds, with the range where it shows."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return NONE
+    low, high = form(min(known)), form(max(known))
+    return form(statistics.fmean(known)) + (f" ({low} to {high})" if low != high else "")

@@ -1,0 +1,130 @@
+"""The numbers of the report, as the JSON value of `summary.json`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rho.report.data import REFERENCE, Evaluation, Run, Step
+
+FORMAT = 1
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """The whole summary: plain JSON values with stable keys; null stands for a number that there is not.
+
+    `arms.<arm>.<seed>.tokens_to_target` is null where the arm never came down to `goal`, its baseline's final target
+    loss with the same seed; where `goal` itself is null there was nothing to compare with.
+    """
+    base = baseline(run)
+    reference = _model(run, REFERENCE, 0)
+    return {
+        "format": FORMAT,
+        "run": run.name,
+        "target": run.target,
+        "baseline": base,
+        "reference_loss": reference["final"].get(run.target, {}).get("loss"),
+        "reference": reference,
+        "arms": {arm: {str(seed): _trained(run, base, arm, seed) for seed in run.seeds(arm)} for arm in run.arms},
+    }
+
+
+def baseline(run: Run) -> str | None:
+    """The arm that the others are measured against: `clm`, else the first that trained on every eligible token."""
+    if "clm" in run.arms:
+        return "clm"
+    logged = {arm for arm, _ in run.steps}
+    return next((arm for arm in run.arms if arm in logged and not run.selective(arm)), None)
+
+
+def tokens_to_loss(curve: Sequence[Evaluation], goal: float) -> tuple[float, float] | None:
+    """Tokens (processed, selected) at which a loss curve first comes down to `goal`; None if it never does.
+
+    Linear between checkpoints in (tokens, loss); checkpoints without a finite loss are passed over. A curve that starts
+    at or below the goal gives its first checkpoint, which is an upper bound.
+    """
+    points = [point for point in curve if math.isfinite(point.loss)]
+    for before, after in zip([None, *points], points, strict=False):
+        if after.loss <= goal:
+            if before is None:
+                return float(after.tokens_seen), float(after.tokens_selected)
+            part = (before.loss - goal) / (before.loss - after.loss)
+            return (
+                before.tokens_seen + part * (after.tokens_seen - before.tokens_seen),
+                before.tokens_selected + part * (after.tokens_selected - before.tokens_selected),
+            )
+    return None
+
+
+def _trained(run: Run, base: str | None, arm: str, seed: int) -> dict[str, Any]:
+    curve = run.curve(arm, seed, run.target)
+    goals = run.curve(base, seed, run.target) if base is not None else []
+    return {
+        **_model(run, arm, seed),
+        "goal": _finite(goals[-1].loss) if goals else None,
+        "tokens_to_target": _tokens_to_target(curve, goals[-1]) if goals else None,
+    }
+
+
+def _model(run: Run, arm: str, seed: int) -> dict[str, Any]:
+    """What evaluation and the logged steps say about one model."""
+    rows = [row for row in run.evaluations if (row.arm, row.seed) == (arm, seed)]
+    last = max(rows, key=lambda row: row.step, default=None)
+    return {
+        "step": last.step if last else None,
+        "tokens_seen": last.tokens_seen if last else None,
+        "tokens_selected": last.tokens_selected if last else None,
+        "final": _final(run, arm, seed),
+        **_logged(run.steps.get((arm, seed), [])),
+    }
+
+
+def _tokens_to_target(curve: Sequence[Evaluation], goal: Evaluation) -> dict[str, Any] | None:
+    reached = tokens_to_loss(curve, goal.loss)
+    if reached is None:
+        return None
+    seen, selected = reached
+    return {
+        "tokens_seen": seen,
+        "tokens_selected": selected,
+        "ratio_seen": _share(seen, goal.tokens_seen),
+        "ratio_selected": _share(selected, goal.tokens_selected),
+        "at_first_checkpoint": seen == curve[0].tokens_seen,
+    }
+
+
+def _final(run: Run, arm: str, seed: int) -> dict[str, dict[str, float | None]]:
+    """Per set, the loss and bits per byte of the last checkpoint evaluated on it."""
+    curves = {name: run.curve(arm, seed, name) for name in sorted({row.set for row in run.evaluations})}
+    return {
+        name: {"loss": _finite(curve[-1].loss), "bits_per_byte": _finite(curve[-1].bits_per_byte)}
+        for name, curve in curves.items()
+        if curve
+    }
+
+
+def _logged(steps: Sequence[Step]) -> dict[str, Any]:
+    """What the logged steps add up to."""
+    speeds = [step.tokens_per_second for step in steps if math.isfinite(step.tokens_per_second)]
+    labels = sorted({label for step in steps for label in step.labels})
+    return {
+        "mean_ratio": _share(sum(step.selected for step in steps), sum(step.eligible for step in steps)),
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "label_share": {label: label_share(steps, label) for label in labels},
+    }
+
+
+def label_share(steps: Sequence[Step], label: str) -> float | None:
+    """The share of the eligible tokens with `label` that were selected in `steps`; None if there were none."""
+    counts = [step.labels[label] for step in steps if label in step.labels]
+    return _share(sum(selected for _, selected in counts), sum(eligible for eligible, _ in counts))
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,163 @@
+"""The tokenizer of a corpus: loaded from Hugging Face files, or a byte-level BPE trained here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from rho.errors import ConfigError, DataError
+from rho.runs import Manifest, open_stage
+from rho.sources import read_documents, source_hashes
+
+EOS = "<|endoftext|>"
+KNOWN_EOS = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer with what a corpus needs to know of it.
+
+    Attributes:
+        backend: the `tokenizers` object.
+        eos: the token that ends a document.
+    """
+
+    backend: tokenizers.Tokenizer
+    eos: str
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], eos: str | None = None) -> Tokenizer:
+        """Load a `tokenizer.json`, a folder (of a tokenizer, model or corpus), or a Hugging Face name.
+
+        Args:
+            path: where it is.
+            eos: the end-of-document token, for a bare tokenizer.json with an unusual one.
+
+        Raises:
+            ConfigError: nothing loadable there, or no end-of-document token known.
+        """
+        file = Path(path)
+        known: tuple[str, ...] = ()
+        if file.is_file():
+            backend = _from_file(file)
+        else:
+            backend, config_eos = _from_pretrained(str(path))
+            known = (config_eos,) if config_eos else ()
+        for token in (eos,) if eos else (*known, *KNOWN_EOS):
+            if backend.token_to_id(token) is not None:
+                return cls(backend, token)
+        raise ConfigError(
+            f"{path}: no end-of-document token: {eos or 'none of ' + ', '.join(KNOWN_EOS)} is in its vocabulary. "
+            "Name it with --eos."
+        )
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the end-of-document token."""
+        return int(self.backend.token_to_id(self.eos))
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Ids that stand for no text: never eligible for selection."""
+        added = self.backend.get_added_tokens_decoder()
+        return sorted({self.eos_id, *(i for i, token in added.items() if token.special)})
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows an embedding needs: the largest id + 1."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash: equal exactly when text becomes the same ids."""
+        return hashlib.sha256(f"{self.backend.to_str()}\n{self.eos}".encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each text: ids_T (int32) and end_T, the character at which each token ends. No special tokens."""
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.asarray(e.ids, np.int32), np.asarray(e.offsets, np.int64).reshape(-1, 2)[:, 1]) for e in encodings]
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The text of each single token (a token that holds a part of a character shows as U+FFFD)."""
+        return [self.backend.decode([int(i)], skip_special_tokens=False) for i in ids]
+
+    def save(self, folder: Path) -> None:
+        """Write Hugging Face tokenizer files that `AutoTokenizer.from_pretrained` reads."""
+        from transformers import PreTrainedTokenizerFast
+
+        folder.mkdir(parents=True, exist_ok=True)
+        PreTrainedTokenizerFast(tokenizer_object=self.backend, eos_token=self.eos).save_pretrained(folder)
+
+
+def _from_file(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception
+        raise ConfigError(f"{file}: not a tokenizer.json ({error}).") from error
+
+
+def _from_pretrained(name: str) -> tuple[tokenizers.Tokenizer, str | None]:
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{name}: no tokenizer could be loaded from here ({str(error).splitlines()[0]}).") from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(f"{name}: a slow tokenizer without character offsets. A tokenizer.json is needed.")
+    return backend, loaded.eos_token
+
+
+def train_tokenizer(
+    sources: Sequence[str],
+    vocab_size: int,
+    out: str | os.PathLike[str],
+    text_field: str = "text",
+    max_bytes: int = 50_000_000,
+) -> Manifest:
+    """Train a byte-level BPE on (the first `max_bytes` of) some text and write it to the stage folder `out`."""
+    config = {"sources": list(sources), "vocab_size": vocab_size, "text_field": text_field, "max_bytes": max_bytes}
+    with open_stage(out, "tokenizer", config, source_hashes(sources)) as stage:
+        if stage.fresh:
+            return stage.manifest
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOS],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(_texts(sources, text_field, max_bytes), trainer)
+        tokenizer = Tokenizer(backend, EOS)
+        if tokenizer.vocab_size != vocab_size:
+            raise DataError(
+                f"{', '.join(sources)}: too little text for a vocabulary of {vocab_size} "
+                f"(reached {tokenizer.vocab_size}). Ask for a smaller vocabulary or give more text."
+            )
+        tokenizer.save(stage.folder / "tokenizer")
+        stage.add_folder("tokenizer")
+        return stage.finish(fingerprint=tokenizer.fingerprint)
+
+
+def _texts(sources: Sequence[str], text_field: str, max_bytes: int) -> Iterable[str]:
+    """An equal share of `max_bytes` from each source, so that a large one does not crowd out the others."""
+    for source in sources:
+        left = max_bytes // len(sources)
+        for _, document in read_documents([source], text_field, on_bad=lambda _: None):
+            yield document.text
+            left -= len(document.text)
+            if left <= 0:
+                break
