@@ -5,6 +5,7 @@ import hashlib
 import io
 import sys
 import tokenize
+from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 from hypothesis import given
@@ -33,6 +34,7 @@ def root(tmp_path, monkeypatch):
         "_vendor/f.py",
         "__pycache__/g.py",
         "config-3.11/h.py",
+        "latest/i.py",
         "data.txt",
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -41,20 +43,20 @@ def root(tmp_path, monkeypatch):
 
 
 def test_a_package_is_its_own_python_files_without_tests_and_vendored_copies(root):
-    assert set(package_files(root.name)) == {"__init__.py", "a.py", "test.py", "sub/b.py"}
+    assert set(package_files(root.name)) == {"__init__.py", "a.py", "test.py", "sub/b.py", "latest/i.py"}
     assert root.name not in sys.modules
 
 
 def test_files_come_in_the_order_of_the_hash_of_their_path(root):
     names = list(package_files(root.name))
-    assert names == ["test.py", "sub/b.py", "__init__.py", "a.py"]
+    assert names == ["test.py", "latest/i.py", "sub/b.py", "__init__.py", "a.py"]
     assert names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 
 
 def test_large_files_are_left_out(root):
     (root / "a.py").write_bytes(b"#" * MAX_FILE_BYTES)
     (root / "test.py").write_bytes(b"#" * (MAX_FILE_BYTES - 1))
-    assert set(package_files(root.name)) == {"__init__.py", "test.py", "sub/b.py"}
+    assert set(package_files(root.name)) == {"__init__.py", "test.py", "sub/b.py", "latest/i.py"}
 
 
 def test_a_module_that_is_one_file_is_a_package_of_one_file(tmp_path, monkeypatch):
@@ -76,9 +78,12 @@ def test_an_unknown_package_is_an_error_that_says_what_to_do(name):
         package_files(name)
 
 
-def test_a_package_without_source_is_an_error():
-    with pytest.raises(DataError, match=r"found no \.py file"):
-        package_files("math" if "math" in sys.builtin_module_names else "itertools")
+def test_a_package_without_source_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"compiled_module_here{EXTENSION_SUFFIXES[0]}").touch()
+    for name in ("compiled_module_here", "sys"):
+        with pytest.raises(DataError, match=r"found no \.py file"):
+            package_files(name)
 
 
 def test_the_digest_begins_with_the_version_and_follows_names_and_contents(root):
@@ -121,10 +126,16 @@ def test_a_docstring_with_a_lone_surrogate_can_be_written_as_utf8():
     assert docstrings(r'"""a\ud800b"""') == "a?b"
 
 
-@pytest.mark.parametrize("text", ["def", "x = 'open", "\0", "if x:\n  a\n b", "(" * 5000])
+@pytest.mark.parametrize("text", ["def", "x = 'open", "\0", "if x:\n  a\n b", "-" * 10**5 + "1", "x" + ".a" * 10**5])
 def test_a_file_that_does_not_parse_gives_nothing(text):
     assert docstrings(text) is None
     assert label_spans(text) is None
+
+
+def test_a_file_that_only_the_parser_accepts_gives_no_wrong_labels():
+    text = "if x:\n  if y:\n    a\n \\\n\n"
+    ast.parse(text)
+    assert label_spans(text) in (None, [(0, len(text), "code")])  # it depends on the version of Python
 
 
 def test_other_peoples_invalid_escapes_give_no_warning():

@@ -42,7 +42,7 @@ def zstd(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-TWO = b'{"text": "one", "id": 7, "source": "web"}\n{"text": "two"}\n'
+TWO = b'{"text": "one", "id": 7, "source": "web"}\n{"text": "two", "id": true, "source": 3}\n'
 
 
 def test_a_record_without_id_and_source_gets_its_place_and_the_files_stem(tmp_path):

@@ -1,15 +1,18 @@
-"""The `rho` command: one subcommand a stage. No logic: each builds a config and calls the stage's function."""
+"""The `rho` command: one subcommand a stage. No logic: each builds a config and calls the stage's function.
+
+Heavy modules are imported inside the commands, so that `rho --help` answers at once.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rho.errors import RhoError
+from rho.errors import ConfigError, RhoError
 from rho.progress import say
 
 app = typer.Typer(
@@ -19,15 +22,26 @@ app = typer.Typer(
     help="Selective Language Modeling (Rho-1): train a language model on the tokens that matter.",
 )
 
-Out = Annotated[Path, typer.Option("--out", help="Output folder.")]
-Set = Annotated[list[str], typer.Option("--set", help="key=value: any further setting of the stage, by its name.")]
+Out = Annotated[Path, typer.Option(help="Output folder: new, or the same one again to go on.")]
+RunFolder = Annotated[Path | None, typer.Option("--out", help="Run directory. [default: runs/<name>]")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="key.of.it=value: override a setting of the config.")]
+Arguments = Annotated[
+    list[str] | None, typer.Option("--set", help="name=value: a field of transformers.TrainingArguments.")
+]
+CorpusFolder = Annotated[Path, typer.Option("--corpus", help="Folder that `rho corpus` wrote.")]
+Target = Annotated[
+    Path | None,
+    typer.Option(help="Corpus whose validation split is the wanted domain: a reference must be better on it."),
+]
+ModelPath = Annotated[
+    str,
+    typer.Option(help="Model folder or Hugging Face name, or YAML/JSON file of a transformers config."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of new weights, data order and random selection.")]
 
 
 @app.command()
-def demo(
-    out: Annotated[Path | None, typer.Option(help="Run directory. [default: runs/demo]")] = None,
-    overrides: Set = [],
-) -> None:
+def demo(out: RunFolder = None, overrides: Set = None) -> None:
     """The whole pipeline on text that is on this machine already; ends in a report."""
     from rho.pipeline import DEMO
 
@@ -37,15 +51,155 @@ def demo(
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="The run's YAML, for instance recipes/demo.yaml.")],
-    out: Annotated[Path | None, typer.Option(help="Run directory. [default: runs/<name>]")] = None,
-    overrides: Set = [],
+    out: RunFolder = None,
+    overrides: Set = None,
 ) -> None:
     """Every stage of a config, in order; what is fresh is left alone, what was interrupted goes on."""
-    say("rho: starting")
-    from rho import config as configs
+    say("rho: loading")
     from rho import pipeline
+    from rho.config import load_config
 
-    print(pipeline.run(configs.load_config(config, overrides), out))
+    print(pipeline.run(load_config(config, overrides or []), out))
+
+
+@app.command()
+def tokenizer(
+    sources: Annotated[list[str], typer.Argument(help="Text: files, folders, hf:NAME, docstrings:PACKAGE ...")],
+    out: Out,
+    vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 32_000,
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+) -> None:
+    """Train a byte-level BPE tokenizer."""
+    from rho.tokenizer import train_tokenizer
+
+    train_tokenizer(sources, vocab_size, out, text_field)
+    print(out / "tokenizer")
+
+
+@app.command()
+def corpus(
+    sources: Annotated[list[str], typer.Argument(help="Text: files, folders, hf:NAME, docstrings:PACKAGE ...")],
+    tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder, or Hugging Face name.")],
+    out: Out,
+    block_length: Annotated[int, typer.Option(help="Tokens in a block.")] = 1024,
+    isolated: Annotated[bool, typer.Option(help="Documents in a block don't see each other.")] = False,
+    heldout_fraction: Annotated[float, typer.Option(help="Share of documents for the validation split.")] = 0.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    eos: Annotated[str | None, typer.Option(help="The tokenizer's end-of-document token.")] = None,
+    skip_bad_records: Annotated[bool, typer.Option(help="Count and list unreadable records, don't stop.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the choice of held-out documents.")] = 0,
+) -> None:
+    """Tokenize text and pack it into blocks."""
+    from rho.config import validated
+    from rho.corpus import CorpusConfig, build_corpus
+    from rho.tokenizer import Tokenizer
+
+    settings = {
+        "sources": sources,
+        "text_field": text_field,
+        "block_length": block_length,
+        "isolated": isolated,
+        "heldout_fraction": heldout_fraction,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "skip_bad_records": skip_bad_records,
+    }
+    build_corpus(validated(CorpusConfig, settings, "rho corpus"), Tokenizer.load(tokenizer, eos), out)
+    print(out)
+
+
+@app.command()
+def reference(corpus: CorpusFolder, model: ModelPath, out: Out, seed: Seed = 0, arguments: Arguments = None) -> None:
+    """Train a reference: plain language modeling on a curated corpus."""
+    train(corpus, model, out, seed=seed, arguments=arguments)
+
+
+@app.command()
+def score(
+    corpus: CorpusFolder,
+    reference: Annotated[str, typer.Option(help="The reference: folder or Hugging Face name.")],
+    out: Out,
+    target: Target = None,
+    dtype: Annotated[str, typer.Option(help="Of the stored columns: float16 or float32.")] = "float16",
+    precision: Annotated[str, typer.Option(help="Of the forward: float32 or bfloat16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Blocks a forward.")] = 8,
+) -> None:
+    """Store the reference's loss and entropy of every token of a corpus."""
+    from rho.config import validated
+    from rho.corpus import Corpus
+    from rho.models import ModelConfig
+    from rho.score import ScoreConfig, score_corpus
+
+    settings = {"dtype": dtype, "precision": precision, "batch_size": batch_size}
+    config = validated(ScoreConfig, settings, "rho score")
+    held_out = Corpus(target, "validation") if target else None
+    score_corpus(config, Corpus(corpus), ModelConfig(path=reference), out, held_out)
+    print(out)
+
+
+@app.command()
+def train(
+    corpus: CorpusFolder,
+    model: ModelPath,
+    out: Out,
+    scores: Annotated[Path | None, typer.Option(help="Folder that `rho score` wrote.")] = None,
+    target: Target = None,
+    ratio: Annotated[float, typer.Option(help="Share of tokens to train on; 1.0 is plain CLM.")] = 1.0,
+    select: Annotated[str, typer.Option(help="What ranks the tokens: excess or random.")] = "excess",
+    scope: Annotated[str, typer.Option(help="Tokens ranked together: sequence or batch.")] = "sequence",
+    seed: Seed = 0,
+    allow_weak_reference: Annotated[bool, typer.Option(help="Go on if the reference is no better.")] = False,
+    arguments: Arguments = None,
+) -> None:
+    """Train a model on the selected tokens."""
+    from rho.config import assignments, validated
+    from rho.corpus import Corpus
+    from rho.models import ModelConfig
+    from rho.store import ScoreStore
+    from rho.train import TrainConfig
+    from rho.train import train as stage
+
+    settings: dict[str, Any] = {"score": select, "ratio": ratio, "scope": scope, "seed": seed}
+    config = validated(TrainConfig, {**settings, "arguments": assignments(arguments or [])}, "rho train")
+    stage(
+        config,
+        Corpus(corpus),
+        ModelConfig.parse(model),
+        out,
+        ScoreStore(scores) if scores else None,
+        Corpus(target, "validation") if target else None,
+        allow_weak_reference,
+    )
+    print(out / "model")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Models or checkpoints: folders or Hugging Face names.")],
+    held_out: Annotated[list[str], typer.Option(help="name=corpus folder, whose validation split is evaluated.")],
+    out: Out,
+    batch_size: Annotated[int, typer.Option(help="Blocks a forward.")] = 8,
+) -> None:
+    """Loss and bits per byte of models on held-out sets."""
+    from rho import evaluate as stage
+    from rho.corpus import Corpus
+
+    pairs = [pair.partition("=") for pair in held_out]
+    if not all(folder for _, _, folder in pairs):
+        raise ConfigError(f"--held-out: expected name=folder, found {' '.join(held_out)}.")
+    sets = {name: Corpus(folder, "validation") for name, _, folder in pairs}
+    entries = [stage.Checkpoint(model) for model in models]
+    stage.evaluate(stage.EvaluateConfig(batch_size=batch_size), entries, sets, out)
+    print((out / "losses.jsonl").read_text(), end="")
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Make the report of a run directory."""
+    from rho.report import write_report
+
+    print(write_report(run_folder))
 
 
 def main() -> None:

@@ -23,12 +23,16 @@ class _Section(BaseModel):
 
 
 class TokenizerSection(_Section):
-    """Either `path` of a tokenizer, or the `vocab_size` of a byte-level BPE trained on the named `corpora`."""
+    """Either the `path` of a tokenizer, or the `vocab_size` of a byte-level BPE to train.
+
+    It is trained on up to `max_characters` of the text of the named `corpora`, an equal share of each source.
+    """
 
     path: str | None = None
     eos: str | None = None
     vocab_size: int | None = Field(None, ge=257)
     corpora: list[str] = []
+    max_characters: int = Field(20_000_000, ge=1)
 
     @model_validator(mode="after")
     def _one_of(self) -> TokenizerSection:
@@ -155,10 +159,18 @@ def validated(kind: type[Any], tree: dict[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: {len(problems)} setting(s) can't be used:\n" + "\n".join(problems)) from None
 
 
+def assignments(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["a=1", "b.c=x"]` as `{"a": 1, "b": {"c": "x"}}`; values are YAML."""
+    tree: dict[str, Any] = {}
+    for pair in pairs:
+        _set(tree, pair)
+    return tree
+
+
 def _set(tree: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator:
-        raise ConfigError(f"--set {override}: expected key=value, for instance train.seeds=[0,1,2].")
+        raise ConfigError(f"--set {override}: expected name=value.")
     *parents, last = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})

@@ -32,7 +32,7 @@ from rho.sources import Document, SkippedRecord, read_documents, source_hashes
 from rho.store import Shards, write_shard
 from rho.tokenizer import Tokenizer
 
-BATCH_CHARACTERS = 1 << 20  # text tokenized at once
+BATCH_CHARACTERS = 1 << 18  # text tokenized at once
 SPLITS = ("train", "validation")
 TOKEN_COLUMNS = ("input_ids", "document", "num_bytes", "label")
 NO_LABEL = -1
@@ -139,32 +139,36 @@ class _Build:
         state = np.frombuffer(json.dumps({name: getattr(self, name) for name in self.SAVED}).encode(), np.uint8)
         arrays = {f"{split}.{c}": _join(self.rest[split][c]) for split in SPLITS for c in TOKEN_COLUMNS}
         with atomic_write(self.progress_file) as file:
-            np.savez(file, state=state, **arrays)
+            np.savez(file, allow_pickle=False, state=state, **arrays)
 
     def run(self, tokenizer: Tokenizer) -> None:
         """Read, tokenize and pack everything that is left, committing shard after shard."""
-        seen = sum(self.counts[split]["tokens"] for split in SPLITS)
-        with track(f"corpus {self.stage.folder.name}", self.config.max_tokens, seen) as advance:
+        with track(f"corpus {self.stage.folder.name}", self.config.max_tokens, self.tokens()) as advance:
             for last_record, batch in self.batches():
-                before = sum(self.counts[split]["tokens"] for split in SPLITS)
+                before = self.tokens()
                 for document, (ids, ends) in zip(batch, tokenizer.encode([d.text for d in batch]), strict=True):
-                    self.add(document, ids, ends, tokenizer.eos_id)
+                    if not self.full():
+                        self.add(document, ids, ends, tokenizer.eos_id)
                 self.records = last_record + 1
-                tokens = sum(self.counts[split]["tokens"] for split in SPLITS)
-                advance(tokens - before)
+                advance(self.tokens() - before)
                 if self.write_shards(self.config.shard_blocks):
                     self.save_progress()
-                if self.config.max_tokens is not None and tokens >= self.config.max_tokens:
+                if self.full():
                     break
         self.write_shards(1)
         for split in SPLITS:
             self.counts[split]["dropped_tokens"] = self.waiting(split)
         if not self.shards:
-            tokens = sum(self.counts[split]["tokens"] for split in SPLITS)
             raise DataError(
-                f"{', '.join(self.config.sources)}: {tokens} tokens in {self.documents} documents, shorter than one "
-                f"block of {self.config.block_length}. Give more text or a smaller --block-length."
+                f"{', '.join(self.config.sources)}: {self.tokens()} tokens in {self.documents} documents are "
+                f"shorter than one block of {self.config.block_length}. Give more text or a smaller --block-length."
             )
+
+    def tokens(self) -> int:
+        return sum(count["tokens"] for count in self.counts.values())
+
+    def full(self) -> bool:
+        return self.config.max_tokens is not None and self.tokens() >= self.config.max_tokens
 
     def batches(self) -> Iterator[tuple[int, list[Document]]]:
         """Documents in batches of about `BATCH_CHARACTERS`, each with the number of its last record."""

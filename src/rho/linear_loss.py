@@ -24,9 +24,9 @@ def linear_token_loss(
     entropy: bool = False,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor | None]:
-    """Eq. 1 from hidden states: loss_N (and entropy_N, Eq. 8), nats, float32 (float64 for float64), NaN where the label is ignored.
+    """Eq. 1 from hidden states: loss_N (and entropy_N, Eq. 8), nats, NaN where the label is ignored.
 
-    Equals `token_loss(hidden @ weight.T + bias, labels)` for aligned rows (`predictors`). No gradient.
+    float32, or float64 for float64 hidden states. Equals `token_loss(hidden @ weight.T + bias, labels)` for aligned rows (`predictors`). No gradient.
     """
     dtype = _compute_dtype(hidden_ND)
     weight = weight_VD.to(dtype)

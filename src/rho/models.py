@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from rho.errors import ConfigError, MismatchError
 from rho.runs import MANIFEST, hash_file, hash_json
+
+disable_progress_bar()  # of loading and saving: seconds, beside the stages' own bars
 
 
 class ModelConfig(BaseModel):
@@ -32,6 +36,16 @@ class ModelConfig(BaseModel):
     architecture: dict[str, Any] | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> ModelConfig:
+        """From the command line: a YAML or JSON file of a transformers config, else a path or name."""
+        if Path(text).suffix not in (".yaml", ".yml", ".json"):
+            return cls(path=text)
+        try:
+            return cls(architecture=yaml.safe_load(Path(text).read_text(encoding="utf-8")))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{text}: not a model config ({error}).") from error
 
     @model_validator(mode="after")
     def _one_of(self) -> ModelConfig:

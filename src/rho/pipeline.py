@@ -54,7 +54,7 @@ class _Pipeline:
         path = config.path
         if config.vocab_size is not None:
             sources = [source for name in config.corpora for source in self.config.corpora[name].sources]
-            train_tokenizer(sources, config.vocab_size, self.folder / "tokenizer")
+            train_tokenizer(sources, config.vocab_size, self.folder / "tokenizer", max_characters=config.max_characters)
             path = str(self.folder / "tokenizer" / "tokenizer")
         tokenizer = Tokenizer.load(str(path), config.eos)
         for name, corpus in self.config.corpora.items():

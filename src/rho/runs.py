@@ -110,7 +110,7 @@ class Manifest:
 
 
 def read_manifest(folder: str | os.PathLike[str], stage: str | None = None) -> Manifest:
-    """The manifest of a complete stage folder; a `DataError` if it is missing, damaged, unfinished or of another stage."""
+    """The manifest of a complete stage folder; a `DataError` if missing, damaged, unfinished or of another stage."""
     folder = Path(folder)
     manifest = _load(folder)
     if manifest is None:

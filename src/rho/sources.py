@@ -127,7 +127,7 @@ def _files(source: str) -> list[Path]:
     """The supported files that a path, folder or glob stands for, in a fixed order."""
     place = Path(source)
     # Path.glob takes no absolute pattern.
-    places = [place] if place.exists() else [Path(name) for name in sorted(glob.glob(source, recursive=True))]  # noqa: PTH207
+    places = [place] if place.exists() else [Path(name) for name in sorted(glob.glob(source, recursive=True))]
     if not places:
         raise DataError(f"{source}: expected a file, folder or glob, found nothing there. Check the path.")
     files = []

@@ -7,6 +7,7 @@ corpus, so that value t of a row belongs to token t of that row. Pages carry che
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -106,7 +107,7 @@ def _row_group(path: str, group: int, columns: tuple[str, ...], sha256: str) -> 
 def _rows(column: pa.ListArray) -> list[np.ndarray]:
     offsets = column.offsets.to_numpy()
     values = column.values.to_numpy(zero_copy_only=False)
-    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 class ScoreStore(Shards):

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from rho.errors import ConfigError, DataError
+from rho.progress import Advance, track
 from rho.runs import Manifest, open_stage
 from rho.sources import read_documents, source_hashes
 
@@ -122,10 +123,15 @@ def train_tokenizer(
     vocab_size: int,
     out: str | os.PathLike[str],
     text_field: str = "text",
-    max_bytes: int = 50_000_000,
+    max_characters: int = 20_000_000,
 ) -> Manifest:
-    """Train a byte-level BPE on (the first `max_bytes` of) some text and write it to the stage folder `out`."""
-    config = {"sources": list(sources), "vocab_size": vocab_size, "text_field": text_field, "max_bytes": max_bytes}
+    """Train a byte-level BPE on (the first `max_characters` of) some text and write it to the stage folder `out`."""
+    config = {
+        "sources": list(sources),
+        "vocab_size": vocab_size,
+        "text_field": text_field,
+        "max_characters": max_characters,
+    }
     with open_stage(out, "tokenizer", config, source_hashes(sources)) as stage:
         if stage.fresh:
             return stage.manifest
@@ -140,7 +146,8 @@ def train_tokenizer(
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(_texts(sources, text_field, max_bytes), trainer)
+        with track("tokenizer", None, unit="characters") as advance:
+            backend.train_from_iterator(_texts(sources, text_field, max_characters, advance), trainer)
         tokenizer = Tokenizer(backend, EOS)
         if tokenizer.vocab_size != vocab_size:
             raise DataError(
@@ -152,12 +159,13 @@ def train_tokenizer(
         return stage.finish(fingerprint=tokenizer.fingerprint)
 
 
-def _texts(sources: Sequence[str], text_field: str, max_bytes: int) -> Iterable[str]:
-    """An equal share of `max_bytes` from each source, so that a large one does not crowd out the others."""
+def _texts(sources: Sequence[str], text_field: str, max_characters: int, advance: Advance) -> Iterable[str]:
+    """An equal share of `max_characters` from each source, so that a large one does not crowd out the others."""
     for source in sources:
-        left = max_bytes // len(sources)
+        left = max_characters // len(sources)
         for _, document in read_documents([source], text_field, on_bad=lambda _: None):
             yield document.text
+            advance(len(document.text))
             left -= len(document.text)
             if left <= 0:
                 break

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from rho.corpus import Corpus
@@ -50,6 +50,7 @@ DEFAULT_ARGUMENTS: dict[str, Any] = {
     "save_strategy": "steps",
     "save_steps": 500,
     "lr_scheduler_type": "cosine",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 
 
@@ -195,6 +196,7 @@ class SelectiveTrainer(Trainer):
         self._stats = SelectionStats(selector, label_names or [])
         self._logged_at = time.monotonic()
         self.add_callback(_LogBeforeSave())
+        self.remove_callback(PrinterCallback)  # the step log and the progress bar say it better
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """The micro-batches of an optimizer step and the number of tokens it selects over all of them and all ranks."""

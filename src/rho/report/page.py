@@ -81,14 +81,16 @@ def _loss_of_seeds(losses: Sequence[float | None]) -> str:
 def _reached(arm: str, base: str, seeds: dict[str, Any]) -> str:
     """Whether and when one arm came down to the baseline's final loss; empty if that can't be said."""
     compared = [one["tokens_to_target"] for one in seeds.values() if one["goal"] is not None]
-    shares = [one["ratio_seen"] for one in compared if one and one["ratio_seen"] is not None]
-    if not compared:
-        return ""
-    if not shares:
+    reached = [one for one in compared if one is not None]
+    shares = [one["ratio_seen"] for one in reached if one["ratio_seen"] is not None]
+    if compared and not reached:
         return f"{arm} never reached {base}'s final target loss"
-    some = f" in {len(shares)} of {len(compared)} seeds" if len(shares) < len(compared) else ""
+    if not shares:
+        return ""
+    some = f" in {len(reached)} of {len(compared)} seeds" if len(reached) < len(compared) else ""
+    most = "at most " if any(one["at_first_checkpoint"] for one in reached) else ""
     spread = f" ({_percent(min(shares))} to {_percent(max(shares))})" if len(shares) > 1 else ""
-    after = f"{_percent(statistics.fmean(shares))} of {base}'s tokens{spread}"
+    after = f"{most}{_percent(statistics.fmean(shares))} of {base}'s tokens{spread}"
     return f"{arm} reached {base}'s final target loss{some} after {after}"
 
 

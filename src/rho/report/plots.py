@@ -68,8 +68,8 @@ class Plot:
 class _Canvas:
     """One pair of axes to draw on and the legend of what was drawn."""
 
-    def __init__(self, x: str, y: str, width: float = 4.6, height: float = 3.0) -> None:
-        self.figure = Figure(figsize=(width, height), layout="constrained")
+    def __init__(self, x: str, y: str) -> None:
+        self.figure = Figure(figsize=(4.6, 3.0), layout="constrained")
         FigureCanvasSVG(self.figure)
         self.axes: Any = self.figure.add_subplot()
         self.axes.set(xlabel=x, ylabel=y)
