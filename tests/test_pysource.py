@@ -34,7 +34,7 @@ def root(tmp_path, monkeypatch):
         "_vendor/f.py",
         "__pycache__/g.py",
         "config-3.11/h.py",
-        "latest/i.py",
+        "testbed/i.py",
         "data.txt",
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -43,20 +43,20 @@ def root(tmp_path, monkeypatch):
 
 
 def test_a_package_is_its_own_python_files_without_tests_and_vendored_copies(root):
-    assert set(package_files(root.name)) == {"__init__.py", "a.py", "test.py", "sub/b.py", "latest/i.py"}
+    assert set(package_files(root.name)) == {"__init__.py", "a.py", "test.py", "sub/b.py", "testbed/i.py"}
     assert root.name not in sys.modules
 
 
 def test_files_come_in_the_order_of_the_hash_of_their_path(root):
     names = list(package_files(root.name))
-    assert names == ["test.py", "latest/i.py", "sub/b.py", "__init__.py", "a.py"]
+    assert names == ["test.py", "sub/b.py", "__init__.py", "a.py", "testbed/i.py"]
     assert names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 
 
 def test_large_files_are_left_out(root):
     (root / "a.py").write_bytes(b"#" * MAX_FILE_BYTES)
     (root / "test.py").write_bytes(b"#" * (MAX_FILE_BYTES - 1))
-    assert set(package_files(root.name)) == {"__init__.py", "test.py", "sub/b.py", "latest/i.py"}
+    assert set(package_files(root.name)) == {"__init__.py", "test.py", "sub/b.py", "testbed/i.py"}
 
 
 def test_a_module_that_is_one_file_is_a_package_of_one_file(tmp_path, monkeypatch):

@@ -26,7 +26,8 @@ def linear_token_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Eq. 1 from hidden states: loss_N (and entropy_N, Eq. 8), nats, NaN where the label is ignored.
 
-    float32, or float64 for float64 hidden states. Equals `token_loss(hidden @ weight.T + bias, labels)` for aligned rows (`predictors`). No gradient.
+    float32, or float64 for float64 hidden states. Equals `token_loss` of the rows' logits, `hidden @ weight.T + bias`,
+    for rows that are aligned already (`predictors`). No gradient.
     """
     dtype = _compute_dtype(hidden_ND)
     weight = weight_VD.to(dtype)
@@ -57,7 +58,7 @@ def linear_loss_sum(
     """
     if labels_K.numel() and bool((labels_K == IGNORE_INDEX).any()):
         raise ValueError("linear_loss_sum takes rows with a label only, found IGNORE_INDEX: select the rows first")
-    return _LinearLossSum.apply(hidden_KD, weight_VD, bias_V, labels_K, chunk)  # type: ignore[no-any-return]
+    return _LinearLossSum.apply(hidden_KD, weight_VD, bias_V, labels_K, chunk)
 
 
 class _LinearLossSum(torch.autograd.Function):
@@ -97,7 +98,7 @@ class _LinearLossSum(torch.autograd.Function):
         return loss_K.sum(), loss_K
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = [None if g is None else (g * grad_sum).to(d) for g, d in _with_dtypes(ctx)]
         return (*grads, None, None)
 

@@ -192,7 +192,7 @@ def _batches(corpus: Corpus, shard: dict, batch_size: int) -> Iterator[dict[str,
     for start in range(0, shard["rows"], batch_size):
         rows = [
             corpus.inputs({name: column[row] for name, column in columns.items()})
-            | {"num_bytes": torch.from_numpy(columns["num_bytes"][row])}
+            | {"num_bytes": torch.from_numpy(columns["num_bytes"][row].astype("int64"))}
             for row in range(start, min(start + batch_size, shard["rows"]))
         ]
         yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

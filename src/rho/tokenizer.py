@@ -63,7 +63,9 @@ class Tokenizer:
     @property
     def eos_id(self) -> int:
         """Id of the end-of-document token."""
-        return int(self.backend.token_to_id(self.eos))
+        found = self.backend.token_to_id(self.eos)
+        assert found is not None, "load() made sure"
+        return found
 
     @property
     def special_ids(self) -> list[int]:

@@ -239,7 +239,7 @@ class SelectiveTrainer(Trainer):
         if "learning_rate" in logs and self._stats:
             record = self._stats.record(self.accelerator.reduce(self._stats.sums(), "sum"))
             self._stats = SelectionStats(self.selector, self._stats.label_names)
-            before = next((old for old in reversed(self.state.log_history) if "tokens_seen" in old), {})
+            before: dict[str, Any] = next((old for old in reversed(self.state.log_history) if "tokens_seen" in old), {})
             now, tokens = time.monotonic(), record.pop("tokens")
             record["tokens_seen"] = before.get("tokens_seen", 0) + tokens
             record["tokens_selected"] = before.get("tokens_selected", 0) + record["selected"]
