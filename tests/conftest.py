@@ -91,7 +91,7 @@ def architecture() -> dict:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory, corpus, architecture) -> Path:
-    """Stage folder of a reference trained for a few steps on `corpus`: its target loss is below an untrained model's."""
+    """Stage folder of a reference trained on `corpus` for a few steps: better than an untrained model."""
     out = tmp_path_factory.mktemp("reference") / "reference"
     arguments = {"per_device_train_batch_size": 8, "max_steps": 12, "learning_rate": 1e-2, "save_steps": 12}
     train(TrainConfig(arguments=arguments), Corpus(corpus), ModelConfig(architecture=architecture), out)

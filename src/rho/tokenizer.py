@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from rho.errors import ConfigError, DataError
 from rho.progress import Advance, track
-from rho.runs import Manifest, open_stage
+from rho.runs import Manifest, hash_json, open_stage
 from rho.sources import read_documents, source_hashes
 
 EOS = "<|endoftext|>"
@@ -52,8 +52,11 @@ class Tokenizer:
         else:
             backend, config_eos = _from_pretrained(str(path))
             known = (config_eos,) if config_eos else ()
+        backend.no_truncation()  # some files carry the settings of somebody's last batch
+        backend.no_padding()
         for token in (eos,) if eos else (*known, *KNOWN_EOS):
             if backend.token_to_id(token) is not None:
+                backend.add_special_tokens([token])  # it keeps its id; saving would do so too
                 return cls(backend, token)
         raise ConfigError(
             f"{path}: no end-of-document token: {eos or 'none of ' + ', '.join(KNOWN_EOS)} is in its vocabulary. "
@@ -80,8 +83,9 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Content hash: equal exactly when text becomes the same ids."""
-        return hashlib.sha256(f"{self.backend.to_str()}\n{self.eos}".encode()).hexdigest()
+        """Content hash of what makes ids of text; what decodes, or adds special tokens around a text, is no part."""
+        parts = json.loads(self.backend.to_str())
+        return hash_json([parts["normalizer"], parts["pre_tokenizer"], parts["model"], parts["added_tokens"], self.eos])
 
     def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text: ids_T (int32) and end_T, the character at which each token ends. No special tokens."""

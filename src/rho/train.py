@@ -187,6 +187,7 @@ class SelectiveTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process: start one process a GPU with `torchrun` or `accelerate`."
             )
         args.remove_unused_columns = False
+        args.logging_first_step = True  # a reference equal to the model shows before the first update only
         check_head(model)
         model.forward = MethodType(selective_forward(selector), model)
         kwargs.setdefault("data_collator", collate)
