@@ -158,10 +158,9 @@ class SelectionStats:
             loss_all,
             differs,
         ]
-        n = len(self.label_names) + 1
-        for mask in (eligible_BT, selected_BT):
-            where = mask[mask].new_zeros(0, dtype=torch.int64) if label_BT is None else label_BT[mask] + 1
-            counts += list(torch.bincount(where, minlength=n)[1:])
+        if self.label_names and label_BT is not None:
+            for mask in (eligible_BT, selected_BT):
+                counts += list(torch.bincount(label_BT[mask] + 1, minlength=len(self.label_names) + 1)[1:])
         self._parts.append(torch.stack([count.double() for count in counts]))
 
     def sums(self) -> Tensor:
@@ -192,8 +191,8 @@ class SelectionStats:
                 "the excess loss is zero for every token: the reference and the model are the same weights, so nothing "
                 "is selected by it. Give another reference, or train with ratio 1.0."
             )
-        n = len(self.label_names)
-        labels = zip(self.label_names, by_label[:n], by_label[n:], strict=True)
+        half = len(by_label) // 2
+        labels = zip(self.label_names, by_label[:half], by_label[half:], strict=False)
         rest = eligible - selected
         return {
             "tokens": int(tokens),

@@ -1,0 +1,183 @@
+"""Scoring: the reference's losses, at the right index, independent of everything but the text before a token."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rho.score
+from rho.corpus import Corpus, CorpusConfig, build_corpus
+from rho.errors import DataError, MismatchError
+from rho.models import ModelConfig, make_model, save_model
+from rho.objective import IGNORE_INDEX, token_entropy, token_labels, token_loss
+from rho.score import ScoreConfig, load_reference, mean_loss, score_batch, score_corpus
+from rho.store import ScoreStore
+from rho.tokenizer import Tokenizer
+
+COLUMNS = ("ref_loss", "ref_entropy")
+
+
+def batch_of(corpus: Corpus, rows: range) -> dict[str, torch.Tensor]:
+    inputs = [corpus.inputs(corpus.row(row, ("input_ids", "document"))) for row in rows]
+    return {name: torch.stack([one[name] for one in inputs]) for name in inputs[0]}
+
+
+def test_stored_scores_are_the_reference_s_losses_and_entropies_on_full_logits(
+    corpus: Path, reference: Path, scores: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(reference / "model").eval()
+    store = ScoreStore(scores)
+    for row in (0, 1, len(store) - 1):
+        batch = batch_of(Corpus(corpus), range(row, row + 1))
+        labels = token_labels(batch["input_ids"], batch["position_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"]).logits
+        stored = store.row(row, COLUMNS)
+        for name, expected in (("ref_loss", token_loss), ("ref_entropy", token_entropy)):
+            np.testing.assert_allclose(stored[name], expected(logits, labels)[0].numpy(), rtol=1e-4, atol=1e-5)
+        assert math.isnan(stored["ref_loss"][0]) and np.isfinite(stored["ref_loss"][1:]).all()
+
+
+def test_a_score_does_not_depend_on_its_neighbours_in_the_batch(corpus: Path, reference: Path) -> None:
+    text = Corpus(corpus)
+    model = load_reference(ModelConfig(path=str(reference)), text)
+    together = score_batch(model, batch_of(text, range(8)))[0]
+    alone = torch.cat([score_batch(model, batch_of(text, range(row, row + 1)))[0] for row in range(8)])
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_isolated_documents_score_as_if_each_stood_alone(
+    text_file: Path, tokenizer_folder: Path, architecture: dict, tmp_path: Path
+) -> None:
+    settings = CorpusConfig(sources=[str(text_file)], block_length=64, isolated=True)
+    build_corpus(settings, Tokenizer.load(tokenizer_folder), tmp_path)
+    text = Corpus(tmp_path)
+    model = make_model(ModelConfig(architecture={**architecture, "initializer_range": 0.5}), text.vocab_size).eval()
+    batch = batch_of(text, range(24))
+    packed = score_batch(model, batch)[0]
+    checked = 0
+    for ids, positions, found in zip(batch["input_ids"], batch["position_ids"], packed, strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, stop in zip(starts, starts[1:], strict=False):
+            labels = ids[None, start:stop].clone()
+            labels[0, 0] = IGNORE_INDEX
+            with torch.no_grad():
+                alone = token_loss(model(input_ids=ids[None, start:stop], use_cache=False).logits, labels)
+            torch.testing.assert_close(found[start:stop], alone[0], rtol=1e-4, atol=1e-4, equal_nan=True)
+            checked += 1
+    assert checked > 20
+    # The guard: with attention across the boundary the losses are others.
+    across = {**batch, "position_ids": torch.arange(64).expand_as(batch["position_ids"])}
+    assert (score_batch(model, across)[0] - packed).nan_to_num().abs().max() > 0.1
+
+
+def test_float16_columns_are_the_float32_ones_rounded(
+    corpus: Path, reference: Path, scores: Path, tmp_path: Path
+) -> None:
+    score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(reference)), tmp_path / "half")
+    half, full = ScoreStore(tmp_path / "half").row(3, COLUMNS), ScoreStore(scores).row(3, COLUMNS)
+    for name in COLUMNS:
+        assert half[name].dtype == np.float16
+        np.testing.assert_array_equal(half[name], full[name].astype(np.float16))
+
+
+def test_the_reference_is_scored_frozen_and_in_eval_mode(corpus: Path, architecture: dict, tmp_path: Path) -> None:
+    text = Corpus(corpus)
+    noisy = make_model(ModelConfig(architecture={**architecture, "attention_dropout": 0.5}), text.vocab_size)
+    save_model(noisy.train(), tmp_path / "reference")
+    model = load_reference(ModelConfig(path=str(tmp_path / "reference")), text)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    batch = batch_of(text, range(2))
+    assert torch.equal(score_batch(model, batch)[0][:, 1:], score_batch(model, batch)[0][:, 1:])
+
+
+def test_an_interrupted_job_redoes_no_finished_shard_and_ends_with_the_same_bytes(
+    corpus: Path, reference: Path, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, model, target = Corpus(corpus), ModelConfig(path=str(reference)), Corpus(corpus, "validation")
+    written: list[str] = []
+    real = rho.score.write_shard
+
+    def counted(path: Path, columns: dict) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        real(path, columns)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rho.score, "write_shard", counted)
+        with pytest.raises(KeyboardInterrupt):
+            score_corpus(ScoreConfig(dtype="float32"), text, model, tmp_path, target)
+    with pytest.raises(DataError, match="not finished"):
+        ScoreStore(tmp_path)
+    kept = {name: (tmp_path / name).stat().st_mtime_ns for name in written}
+    score_corpus(ScoreConfig(dtype="float32"), text, model, tmp_path, target)
+    assert kept == {name: (tmp_path / name).stat().st_mtime_ns for name in written}
+    for shard in ScoreStore(scores).shards:
+        assert (tmp_path / shard["file"]).read_bytes() == (scores / shard["file"]).read_bytes()
+    assert ScoreStore(tmp_path).manifest.fingerprint == ScoreStore(scores).manifest.fingerprint
+
+
+def test_a_reference_with_another_tokenizer_is_refused_and_both_are_named(
+    corpus: Path, reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(reference / "model", tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    changed = json.loads(file.read_text())
+    vocab = changed["model"]["vocab"]
+    a, b = list(vocab)[50:52]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    file.write_text(json.dumps(changed))
+    with pytest.raises(MismatchError, match=rf"tokenizers differ: .*packed.*{tmp_path / 'other'}"):
+        score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(tmp_path / "other")), tmp_path / "out")
+
+
+def test_a_reference_with_too_small_a_vocabulary_is_refused(corpus: Path, architecture: dict, tmp_path: Path) -> None:
+    save_model(make_model(ModelConfig(architecture=architecture), 100), tmp_path / "small")
+    with pytest.raises(MismatchError, match=r"token ids up to 299.*has 100 embeddings"):
+        score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(tmp_path / "small")), tmp_path / "out")
+
+
+def test_scores_of_another_corpus_are_refused_and_both_are_named(
+    text_file: Path, tokenizer_folder: Path, scores: Path, tmp_path: Path
+) -> None:
+    settings = CorpusConfig(sources=[str(text_file)], block_length=16, seed=9, heldout_fraction=0.2)
+    build_corpus(settings, Tokenizer.load(tokenizer_folder), tmp_path / "other")
+    with pytest.raises(MismatchError, match=rf"scores of another corpus.*{tmp_path / 'other'}"):
+        ScoreStore(scores).check_corpus(Corpus(tmp_path / "other"))
+
+
+def test_a_reference_that_gives_no_number_is_an_error(corpus: Path, reference: Path, tmp_path: Path) -> None:
+    broken = make_model(ModelConfig(path=str(reference)), 300)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(torch.nan)
+    save_model(broken, tmp_path / "broken")
+    with pytest.raises((DataError, MismatchError)):
+        score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(tmp_path / "broken")), tmp_path / "out")
+
+
+def test_mean_loss_counts_labelled_tokens_and_their_bytes(corpus: Path, reference: Path) -> None:
+    text = Corpus(corpus, "validation")
+    model = load_reference(ModelConfig(path=str(reference)), text)
+    nats = tokens = size = 0.0
+    for number in range(len(text)):
+        row = text.row(number, ("input_ids", "document", "num_bytes"))
+        inputs = text.inputs(row)
+        loss = score_batch(model, {name: tensor[None] for name, tensor in inputs.items()})[0][0]
+        kept = inputs["labels"] != IGNORE_INDEX
+        nats, tokens, size = (
+            nats + float(loss[kept].sum()),
+            tokens + int(kept.sum()),
+            size + row["num_bytes"][kept].sum(),
+        )
+    found = mean_loss(model, text, batch_size=3)
+    assert (found.tokens, found.bytes) == (tokens, size)
+    assert found.nats_per_token == pytest.approx(nats / tokens)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / size)
