@@ -1,4 +1,4 @@
-"""The Selector: eligibility, scopes, the random control, and the statistics that refuse a silent no-op."""
+"""The Selector against explicit, slow formulas: every score, scope, schedule and weighting."""
 
 from __future__ import annotations
 
@@ -6,121 +6,271 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from rho.errors import RhoError
-from rho.selection import SelectionStats, Selector, random_score
+from rho.selection import Cut, Schedule, Selector, dataset_cut, random_score
 
 NAN = math.nan
 LABELS = torch.tensor([[-100, 1, 2, 3, 4, 5, 6, 7], [-100, 1, 2, 3, -100, -100, -100, -100]])
 LOSS = torch.tensor([[NAN, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], [NAN, 2.0, 2.5, 1.0, NAN, NAN, NAN, NAN]])
 REF = torch.tensor([[NAN, 1.0, 1.0, NAN, 1.0, 1.0, 1.0, 1.0], [NAN, 0.0, 0.0, 0.0, NAN, NAN, NAN, NAN]])
+ENTROPY = torch.tensor([[NAN, 1.0, 2.0, 3.0, 4.0, 3.0, 2.0, 1.0], [NAN, 0.5, 0.5, 0.5, NAN, NAN, NAN, NAN]])
+COLUMNS = {"ref_loss": REF, "ref_entropy": ENTROPY}
 BLOCK = torch.tensor([0, 1])
 
 
-def pick(selector: Selector) -> torch.Tensor:
-    eligible = selector.eligible(LABELS, REF)
-    return selector.select(eligible, LOSS, REF, BLOCK, draw=0)
+def pick(selector: Selector, threshold: float | None = None) -> Tensor:
+    eligible = selector.eligible(LABELS, COLUMNS)
+    scores = [part.scores(LOSS, COLUMNS, BLOCK, 8, 0) for part in selector.parts]
+    if selector.scope == "step":
+        return selector.select_step([scores], [eligible])[0]
+    return selector.select(scores, eligible, threshold)
 
 
 def test_tokens_without_label_or_score_are_neither_selected_nor_counted() -> None:
     selector = Selector("excess", 1 / 3)
-    eligible = selector.eligible(LABELS, REF)
+    eligible = selector.eligible(LABELS, COLUMNS)
     assert eligible.sum(1).tolist() == [6, 3]  # token 3 of row 0 has no reference loss
     assert pick(selector).nonzero().tolist() == [[0, 1], [0, 2], [1, 2]]
 
 
-def test_sequence_scope_ranks_each_row_alone_and_batch_scope_all_rows_together() -> None:
-    assert pick(Selector("excess", 0.5, "sequence")).sum(1).tolist() == [3, 2]
-    assert pick(Selector("excess", 0.5, "batch")).nonzero().tolist() == [[0, 1], [0, 2], [0, 4], [0, 5]]
+def test_each_score_ranks_by_its_own_rule() -> None:
+    assert pick(Selector("loss", 0.3, "batch")).nonzero().tolist() == [[0, 1], [0, 2], [0, 3]]
+    assert pick(Selector("ref_loss", 0.3, "batch")).nonzero().tolist() == [[1, 1], [1, 2], [1, 3]]  # lowest first
+    assert pick(Selector("ref_entropy", 0.4, "batch")).nonzero().tolist() == [[0, 1], [1, 1], [1, 2], [1, 3]]
+    assert pick(Selector("excess", 0.3, "batch")).nonzero().tolist() == [[0, 1], [0, 2], [0, 4]]
+
+
+def test_a_score_needs_only_its_own_columns() -> None:
+    assert Selector("ref_entropy", 0.5).columns == ("ref_entropy",)
+    assert Selector("loss", 0.5).columns == Selector("random", 0.5).columns == Selector(ratio=1.0).columns == ()
+    both = Selector("excess", 0.5, second=Selector("ref_entropy", 0.5))
+    assert both.columns == ("ref_loss", "ref_entropy")
+    with pytest.raises(ValueError, match="needs the reference's ref_entropy, found none"):
+        both.eligible(LABELS, {"ref_loss": REF})
+
+
+def test_intersection_and_union_are_of_two_selections_with_their_own_ratios() -> None:
+    low_loss, low_entropy = Selector("ref_loss", 0.5, "batch"), Selector("ref_entropy", 0.3, "batch")
+    # Both need both columns, so they share what is eligible.
+    eligible = LABELS.ne(-100) & REF.isfinite()
+    masks = [
+        s.select([s.scores(None, COLUMNS, BLOCK, 8, 0)], eligible) for s in (low_loss, low_entropy)
+    ]
+    for combine, expected in (("intersection", masks[0] & masks[1]), ("union", masks[0] | masks[1])):
+        both = Selector("ref_loss", 0.5, "batch", second=low_entropy, combine=combine)  # type: ignore[arg-type]
+        assert torch.equal(pick(both), expected)
+        assert both.num_selected(eligible) is None  # not known before
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+@pytest.mark.parametrize("score", ["excess", "loss", "ref_loss", "ref_entropy", "random"])
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.6, 1.0])
+def test_the_count_is_known_before_the_selection(score: str, scope: str, ratio: float) -> None:
+    selector = Selector(score, ratio, scope)  # type: ignore[arg-type]
+    assert pick(selector).sum() == selector.num_selected(selector.eligible(LABELS, COLUMNS))
 
 
 def test_sequence_scope_does_not_depend_on_the_batch_and_batch_scope_does() -> None:
     for scope, same in (("sequence", True), ("batch", False)):
-        selector = Selector("excess", 0.5, scope)  # type: ignore[arg-type]
-        together = pick(selector)
-        alone = [
-            selector.select(selector.eligible(LABELS[[b]], REF[[b]]), LOSS[[b]], REF[[b]], BLOCK[[b]], 0) for b in (0, 1)
-        ]
-        assert torch.equal(torch.cat(alone), together) is same
-
-
-@pytest.mark.parametrize("scope", ["sequence", "batch"])
-@pytest.mark.parametrize("score", ["excess", "random"])
-@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.6, 1.0])
-def test_the_count_is_known_before_the_selection(score: str, scope: str, ratio: float) -> None:
-    selector = Selector(score, ratio, scope)  # type: ignore[arg-type]
-    assert pick(selector).sum() == selector.num_selected(selector.eligible(LABELS, REF))
+        selector = Selector("loss", 0.5, scope)  # type: ignore[arg-type]
+        alone = []
+        for b in (0, 1):
+            eligible = selector.eligible(LABELS[[b]], {})
+            alone.append(selector.select([LOSS[[b]]], eligible))
+        assert torch.equal(torch.cat(alone), pick(selector)) is same
 
 
 def test_ratio_one_needs_no_reference_and_selects_every_label() -> None:
-    selector = Selector(ratio=1.0)
-    assert torch.equal(selector.eligible(LABELS, None), LABELS != -100)
-    assert torch.equal(pick(selector), LABELS != -100)
-
-
-def test_excess_without_reference_losses_is_an_error() -> None:
-    with pytest.raises(ValueError, match="needs the reference's losses"):
-        Selector("excess", 0.6).eligible(LABELS, None)
+    assert torch.equal(pick(Selector(ratio=1.0)), LABELS != -100)
+    assert not Selector(ratio=1.0).selective and Selector(ratio=1.0).static
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, NAN])
 def test_a_ratio_out_of_range_is_refused_at_once(ratio: float) -> None:
     with pytest.raises(ValueError, match=r"ratio must be in \(0, 1\]"):
         Selector(ratio=ratio)
+    with pytest.raises(ValueError, match=r"ratio must be in \(0, 1\]"):
+        Schedule(((0, ratio),))
 
 
-def test_random_scores_depend_on_seed_draw_and_block_but_not_on_the_batch() -> None:
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"score": "excess", "scope": "dataset"}, "dataset needs a score that does not change"),
+        ({"scope": "running", "second": Selector(scope="running", ratio=0.5)}, "combined in one scope"),
+        ({"scope": "step", "second": Selector(scope="batch", ratio=0.5)}, "combined in one scope"),
+        ({"weighting": "softmax", "scope": "step"}, "soft weights"),
+        ({"weighting": "softmax", "retention": 0.1}, "soft weights"),
+        ({"weighting": "sigmoid", "temperature": 0.0}, "temperature"),
+        ({"retention": -0.1}, "retention"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings_: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Selector(**{"ratio": 0.5, **settings_})
+
+
+# --- schedules ---------------------------------------------------------------------------------------------------
+
+
+def test_schedules_hold_or_move_in_a_line() -> None:
+    steps = Schedule(((0, 1.0), (10, 0.8), (20, 0.6)))
+    assert [steps.ratio(s) for s in (0, 9, 10, 19, 20, 500)] == [1.0, 1.0, 0.8, 0.8, 0.6, 0.6]
+    warm_up = Schedule(((0, 1.0), (4, 0.6)), "linear")
+    assert [warm_up.ratio(s) for s in range(6)] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.6])
+    assert Selector(schedule=warm_up).at(2).ratio == pytest.approx(0.8)
+    assert Selector(schedule=warm_up).selective
+
+
+@pytest.mark.parametrize("points", [(), ((1, 0.5),), ((0, 0.5), (0, 0.6)), ((0, 0.5), (9, 0.6), (4, 0.7))])
+def test_a_schedule_that_does_not_rise_from_zero_is_refused(points: tuple) -> None:
+    with pytest.raises(ValueError, match="rise from 0"):
+        Schedule(points)
+
+
+# --- the random control ------------------------------------------------------------------------------------------
+
+
+def test_random_scores_depend_on_seed_step_and_block_but_not_on_the_batch() -> None:
     both = random_score(torch.tensor([3, 11]), 8, seed=0, draw=5)
     assert torch.equal(both[1:], random_score(torch.tensor([11]), 8, seed=0, draw=5))
-    for other in (dict(seed=1, draw=5), dict(seed=0, draw=6)):
+    for other in ({"seed": 1, "draw": 5}, {"seed": 0, "draw": 6}):
         assert not torch.equal(both, random_score(torch.tensor([3, 11]), 8, **other))
     assert not torch.equal(both[0], both[1])
 
 
-def test_random_selection_is_fair_over_positions_and_draws() -> None:
+def test_random_selection_is_fair_over_positions_and_steps() -> None:
     eligible = torch.ones(64, 32, dtype=torch.bool)
-    picked = [Selector("random", 0.25).select(eligible, None, None, torch.arange(64), draw) for draw in range(40)]
-    share = torch.stack(picked).double().mean((0, 1))
+    selector = Selector("random", 0.25)
+    scores = [selector.scores(None, {}, torch.arange(64), 32, step) for step in range(40)]
+    share = torch.stack([selector.select([score], eligible) for score in scores]).double().mean((0, 1))
     assert share.mean() == 0.25
     assert (share - 0.25).abs().max() < 4 * math.sqrt(0.25 * 0.75 / (64 * 40))
 
 
-def stats(selector: Selector, selected: torch.Tensor, loss: torch.Tensor = LOSS, ref: torch.Tensor | None = REF) -> dict:
-    counted = SelectionStats(selector, ["prose", "code"])
-    label = torch.tensor([[-1, 0, 0, 0, 1, 1, 1, 1], [-1, 0, 1, 1, -1, -1, -1, -1]])
-    counted.add(loss, selector.eligible(LABELS, ref), selected, ref, label)
-    return counted.record(counted.sums())
+# --- scope step --------------------------------------------------------------------------------------------------
+
+tokens = st.lists(
+    st.tuples(st.sampled_from([-1.0, 0.0, 0.5, 0.5, 2.0, 3.0]), st.booleans()), min_size=8, max_size=8
+)
 
 
-def test_the_record_holds_means_over_selected_unselected_and_all() -> None:
-    selector = Selector("excess", 0.5)
-    record = stats(selector, pick(selector))
-    assert (record["eligible"], record["selected"], record["ratio"]) == (9, 5, 5 / 9)
-    assert record["loss_selected"] == pytest.approx((9 + 8 + 6 + 2 + 2.5) / 5)
-    assert record["loss_unselected"] == pytest.approx((5 + 4 + 3 + 1) / 4)
-    assert record["loss_all"] == pytest.approx(40.5 / 9)
-    assert record["labels"] == {
-        "prose": {"eligible": 3, "selected": 3},
-        "code": {"eligible": 6, "selected": 2},
+def slow_step(rows: list[list[tuple[float, bool]]], ratio: float) -> list[list[bool]]:
+    """Rank every eligible token of the step, ties in the order of rows and positions."""
+    everyone = [(-s, r, t) for r, row in enumerate(rows) for t, (s, e) in enumerate(row) if e]
+    chosen = {(r, t) for _, r, t in sorted(everyone)[: round(ratio * len(everyone))]}
+    return [[(r, t) in chosen for t in range(8)] for r in range(len(rows))]
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(tokens, min_size=8, max_size=8), st.floats(0.02, 0.99), st.sampled_from([(8, 1), (4, 1), (2, 1), (4, 2), (2, 2)]))
+def test_step_scope_is_the_exact_ranking_for_any_cut_into_micro_batches_and_ranks(
+    rows: list[list[tuple[float, bool]]], ratio: float, cut: tuple[int, int]
+) -> None:
+    size, ranks = cut
+    score = torch.tensor([[s for s, _ in row] for row in rows])
+    eligible = torch.tensor([[e for _, e in row] for row in rows])
+    selector = Selector("loss", ratio, "step")
+    # Row order of a sampler: micro-batch, then rank, then row.
+    starts = {r: range(r * size, 8, size * ranks) for r in range(ranks)}
+    own = {r: [(score[s : s + size], eligible[s : s + size]) for s in starts[r]] for r in range(ranks)}
+    flat = {
+        r: (
+            torch.cat([s[e] for s, e in own[r]]).double(),
+            torch.cat([torch.full((int(e.sum()),), m) for m, (_, e) in enumerate(own[r])]),
+        )
+        for r in range(ranks)
     }
-    assert record["excess"]["p50"] == pytest.approx(3.0)  # of 8 7 5 4 3 2 and 2 2.5 1
+    found = torch.zeros_like(eligible)
+    for r in range(ranks):
+        calls = iter([[flat[q][0] for q in range(ranks)], [flat[q][1] for q in range(ranks)]])
+        masks = selector.select_step([[s] for s, _ in own[r]], [e for _, e in own[r]], lambda _: next(calls), r)
+        for start, mask in zip(starts[r], masks, strict=True):
+            found[start : start + size] = mask
+    assert found.tolist() == slow_step(rows, ratio)
 
 
-def test_a_selection_that_keeps_everything_by_mistake_stops_the_training() -> None:
-    selector = Selector("excess", 0.5)
-    with pytest.raises(RhoError, match=r"9 of 9 eligible tokens were selected, ratio 0.5 asks for 5"):
-        stats(selector, selector.eligible(LABELS, REF))
+# --- scope running and dataset -----------------------------------------------------------------------------------
 
 
-def test_a_reference_equal_to_the_model_stops_the_training_even_after_float16() -> None:
-    selector = Selector("excess", 0.5)
-    same = LOSS.half().float()
-    mask = selector.select(selector.eligible(LABELS, same), LOSS, same, BLOCK, 0)
-    with pytest.raises(RhoError, match="excess loss is zero for every token"):
-        stats(selector, mask, ref=same)
+def test_running_scope_selects_from_its_threshold_on() -> None:
+    mask = pick(Selector("excess", 0.5, "running"), threshold=4.0)
+    assert mask.nonzero().tolist() == [[0, 1], [0, 2], [0, 4], [0, 5]]
 
 
-def test_a_loss_that_is_not_finite_stops_the_training() -> None:
-    selector = Selector("excess", 0.5)
-    with pytest.raises(RhoError, match="training loss is inf"):
-        stats(selector, pick(selector), loss=LOSS.masked_fill(LOSS == 9.0, math.inf))
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.sampled_from([-2.5, -0.0, 0.0, 1e-30, 0.5, 3.0, 7e4]), st.booleans()), min_size=3, max_size=3), min_size=1, max_size=6),
+    st.floats(0.02, 1.0),
+)
+def test_the_cut_of_a_data_set_leaves_exactly_the_asked_number_above_it(
+    rows: list[list[tuple[float, bool]]], ratio: float
+) -> None:
+    score = torch.tensor([[s for s, _ in row] for row in rows])
+    eligible = torch.tensor([[e for _, e in row] for row in rows])
+    wanted = round(ratio * int(eligible.sum()))
+    if wanted == 0:
+        with pytest.raises(ValueError, match="selects none"):
+            dataset_cut(lambda: iter(zip(score, eligible, strict=True)), ratio)
+        return
+    cut = dataset_cut(lambda: iter(zip(score, eligible, strict=True)), ratio)
+    mask = cut.mask(score, eligible, torch.arange(len(rows)))
+    everyone = sorted((-s, r, t) for r, row in enumerate(rows) for t, (s, e) in enumerate(row) if e)
+    assert sorted((r, t) for r, t in mask.nonzero().tolist()) == sorted((r, t) for _, r, t in everyone[:wanted])
+
+
+def test_a_cut_takes_ties_up_to_its_position() -> None:
+    score = torch.tensor([[1.0, 2.0, 1.0], [1.0, 0.0, 2.0]])
+    mask = Cut(1.0, 0, 2).mask(score, torch.ones_like(score, dtype=torch.bool), BLOCK)
+    assert mask.tolist() == [[True, True, True], [False, False, True]]
+
+
+# --- soft weights ------------------------------------------------------------------------------------------------
+
+
+def soft(selector: Selector) -> Tensor:
+    eligible = selector.eligible(LABELS, COLUMNS)
+    return selector.soft_weights(selector.scores(LOSS, COLUMNS, BLOCK, 8, 0), eligible)
+
+
+@pytest.mark.parametrize("weighting", ["softmax", "sigmoid", "exponential"])
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_soft_weights_have_mean_one_over_the_eligible_and_are_zero_elsewhere(weighting: str, scope: str) -> None:
+    selector = Selector("excess", 0.5, scope, weighting=weighting, temperature=2.0)  # type: ignore[arg-type]
+    eligible, weight = selector.eligible(LABELS, COLUMNS), soft(selector)
+    assert (weight[~eligible] == 0).all() and (weight >= 0).all()
+    rows = [0, 1] if scope == "sequence" else [slice(None)]
+    for row in rows:
+        assert weight[row][eligible[row]].mean().item() == pytest.approx(1.0)
+    # The order of the scores is kept.
+    scores = selector.scores(LOSS, COLUMNS, BLOCK, 8, 0)[0][eligible[0]]
+    assert weight[0][eligible[0]][scores.argsort()].diff().min() >= 0
+
+
+def test_soft_weights_follow_their_formulas() -> None:
+    excess = torch.tensor([8.0, 7.0, 5.0, 4.0, 3.0, 2.0])  # row 0
+    eligible = Selector("excess", 0.5).eligible(LABELS, COLUMNS)[0]
+    softmax = soft(Selector("excess", 0.5, weighting="softmax", temperature=2.0))[0][eligible]
+    torch.testing.assert_close(softmax, 6 * (excess / 2).softmax(-1))
+    sigmoid = ((excess - 5.0) / 2.0).sigmoid()  # half of six: the third score is the threshold
+    torch.testing.assert_close(
+        soft(Selector("excess", 0.5, weighting="sigmoid", temperature=2.0))[0][eligible], sigmoid / sigmoid.mean()
+    )
+    clipped = excess.exp().clamp(max=1000.0)
+    torch.testing.assert_close(
+        soft(Selector("excess", 0.5, weighting="exponential", clip=1000.0))[0][eligible], clipped / clipped.mean()
+    )
+
+
+def test_huge_scores_and_empty_rows_give_finite_weights() -> None:
+    labels = torch.tensor([[-100, 1, 2], [-100, -100, -100]])
+    columns = {"ref_loss": torch.tensor([[NAN, 0.0, 1e4], [NAN] * 3])}
+    for weighting in ("softmax", "sigmoid", "exponential"):
+        selector = Selector("excess", 0.5, weighting=weighting)  # type: ignore[arg-type]
+        eligible = selector.eligible(labels, columns)
+        loss = torch.tensor([[NAN, 1e4, 0.0], [NAN] * 3])
+        weight = selector.soft_weights(selector.scores(loss, columns, None, 3, 0), eligible)
+        assert weight.isfinite().all() and (weight[1] == 0).all()

@@ -319,6 +319,11 @@ class Corpus(Shards):
         labels = token_labels(input_ids, position_ids, self.special_ids)
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
+    def describe(self, block: int) -> str:
+        """Where a block's text comes from, for messages."""
+        names = ", ".join(dict.fromkeys(self.row(block, ("document_id",))["document_id"].tolist()))
+        return f"block {block} of {self.folder / self.locate(block)[0]['file']} (documents {names})"
+
     def check_vocabulary(self, model_vocab_size: int, model_name: str) -> None:
         """Refuse a model that has no embedding for some of the corpus's tokens, naming both sizes."""
         if model_vocab_size < self.vocab_size:

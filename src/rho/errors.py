@@ -15,3 +15,7 @@ class DataError(RhoError):
 
 class MismatchError(RhoError):
     """Two artefacts don't belong together (corpus, tokenizer, scores, model); the message names both sides."""
+
+
+class Stopped(RhoError):
+    """A stage was asked to stop and did so in good order; the same command goes on. Not a failure."""

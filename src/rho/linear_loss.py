@@ -48,9 +48,14 @@ def linear_token_loss(
 
 
 def linear_loss_sum(
-    hidden_KD: Tensor, weight_VD: Tensor, labels_K: Tensor, bias_V: Tensor | None = None, chunk: int = CHUNK
+    hidden_KD: Tensor,
+    weight_VD: Tensor,
+    labels_K: Tensor,
+    bias_V: Tensor | None = None,
+    row_weight_K: Tensor | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of K rows, differentiable, and loss_K (no gradient): the numerator of Eq. 4.
+    """Sum of the (weighted) losses of K rows, differentiable, and loss_K (no gradient): the numerator of Eq. 4.
 
     The gradients are formed in the forward, chunk by chunk, while the logits are at hand: the head is passed three
     times (one forward, two backward products), as in plain training, and its logits are never kept. Gradients of the
@@ -58,13 +63,19 @@ def linear_loss_sum(
     """
     if labels_K.numel() and bool((labels_K == IGNORE_INDEX).any()):
         raise ValueError("linear_loss_sum takes rows with a label only, found IGNORE_INDEX: select the rows first")
-    return _LinearLossSum.apply(hidden_KD, weight_VD, bias_V, labels_K, chunk)
+    return _LinearLossSum.apply(hidden_KD, weight_VD, bias_V, labels_K, row_weight_K, chunk)
 
 
 class _LinearLossSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_K: Tensor, chunk: int
+        ctx: Any,
+        hidden_KD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_K: Tensor,
+        row_weight_K: Tensor | None,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dtype = _compute_dtype(hidden_KD)
@@ -84,6 +95,8 @@ class _LinearLossSum(torch.autograd.Function):
             loss_K[part] = (total.log() + top).squeeze(-1) - target
             # d loss / d logits = softmax - onehot, in place of the logits.
             grad = logits.div_(total).scatter_add_(-1, labels, torch.full_like(total, -1.0))
+            if row_weight_K is not None:
+                grad *= row_weight_K[part, None]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(dtype)
@@ -95,12 +108,13 @@ class _LinearLossSum(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(loss_K)
-        return loss_K.sum(), loss_K
+        total = loss_K if row_weight_K is None else loss_K * row_weight_K
+        return total.sum(), loss_K
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = [None if g is None else (g * grad_sum).to(d) for g, d in _with_dtypes(ctx)]
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 def _with_dtypes(ctx: Any) -> list[tuple[Tensor | None, torch.dtype]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -115,13 +115,39 @@ def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT:
 
     No cache and no attention mask: only so does Transformers keep documents apart where position ids restart.
     """
-    return model.base_model(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
+    backbone = plain(model).base_model
+    return backbone(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
+
+
+def plain(model: Any) -> PreTrainedModel:
+    """The Transformers model inside a peft one (its layers hold the adapters), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """The head's weight_VD and bias_V (or None)."""
-    layer: nn.Module = model.get_output_embeddings()
-    return layer.weight, getattr(layer, "bias", None)  # type: ignore[return-value]
+    """The head's weight_VD and bias_V (or None), with what peft adds to it where the head is tuned."""
+    layer: Any = plain(model).get_output_embeddings()
+    if hasattr(layer, "modules_to_save"):
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    if not hasattr(layer, "get_delta_weight"):
+        return layer.weight, getattr(layer, "bias", None)
+    base = layer.get_base_layer()
+    weight = base.weight + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+    return weight, getattr(base, "bias", None)
+
+
+def with_lora(model: PreTrainedModel, lora: dict[str, Any] | None) -> Any:
+    """The model with LoRA adapters: `lora` holds fields of `peft.LoraConfig`; None leaves it as it is."""
+    if lora is None:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ConfigError("lora: needs peft. Install it with `pip install rho-lm[peft]`.") from None
+    try:
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lora: {error}. Its settings are fields of peft.LoraConfig.") from error
 
 
 @torch.no_grad()
@@ -131,7 +157,7 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         MismatchError: with the largest difference seen.
     """
-    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    ids = torch.arange(8, device=model.device)[None] % plain(model).config.vocab_size
     was_training = model.training
     model.eval()
     logits = model(input_ids=ids, use_cache=False).logits.float()

@@ -1,100 +1,368 @@
-"""Selector: a score, a ratio and a scope make the mask of tokens to train on."""
+"""Selector: a score, a ratio and a scope make the mask of tokens to train on, or their weights.
+
+The steps of a selection, each a method, so that a trainer can put communication between them:
+
+    eligible -> scores -> mask (Eq. 5) -> weights (1 and 0 unless asked otherwise)
+
+Scopes are the tokens ranked together:
+
+    sequence   each row by itself: one pass, the same for any batching
+    batch      the micro-batch of this device: one pass; changes with batching and number of devices
+    step       every token of the optimizer step, over all micro-batches and devices: exact and the same for any
+               batching; with one micro-batch it costs one all-gather of the scores, with accumulation every micro-batch
+               is passed forward twice (losses first, then gradients), unless the score needs no loss
+    running    a threshold tracked from past steps: one pass, nothing gathered but counts; the realised ratio moves around
+               the asked one, and the first step is ranked as `step`
+    dataset    all tokens of the corpus, once, for scores that don't need the model
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rho.errors import RhoError
 from rho.objective import IGNORE_INDEX, excess_loss, num_to_select, select_top
 
-Score = Literal["excess", "random"]
-Scope = Literal["sequence", "batch"]
+Score = Literal["excess", "loss", "ref_loss", "ref_entropy", "random"]
+Scope = Literal["sequence", "batch", "step", "running", "dataset"]
+Weighting = Literal["mask", "softmax", "sigmoid", "exponential"]
+Combine = Literal["intersection", "union"]
 
-QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
-# What float16 storage can move a loss by, relative; an excess below it says that two models agree.
-SAME_LOSS = 2.0**-10
+Gather = Callable[[Tensor], list[Tensor]]  # a 1-D tensor of this rank -> those of all ranks, in order of ranks
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The ratio by optimizer step.
+
+    Attributes:
+        points: (step, ratio), steps rising from 0; before the next point the ratio holds (`steps`), or moves to it in
+            a line (`linear`). A warm-up from plain training is `Schedule(((0, 1.0), (200, 0.6)), "linear")`.
+    """
+
+    points: tuple[tuple[int, float], ...]
+    kind: Literal["steps", "linear"] = "steps"
+
+    def __post_init__(self) -> None:
+        steps = [step for step, _ in self.points]
+        if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+            raise ValueError(f"a schedule's steps must rise from 0, found {steps}")
+        for _, ratio in self.points:
+            _check_ratio(ratio)
+
+    def ratio(self, step: int) -> float:
+        """The ratio of the (0-based) optimizer step."""
+        before = [point for point in self.points if point[0] <= step][-1]
+        after = next((point for point in self.points if point[0] > step), before)
+        if self.kind == "steps" or after is before:
+            return before[1]
+        return before[1] + (after[1] - before[1]) * (step - before[0]) / (after[0] - before[0])
 
 
 @dataclass(frozen=True)
 class Selector:
-    """Which tokens of a batch are trained on.
+    """Which tokens of an optimizer step are trained on.
 
     Attributes:
-        score: `excess` (Eq. 3: current loss minus reference loss) or `random` (the control: the same number of
-            tokens, drawn without looking at them).
-        ratio: share of the eligible tokens, in (0, 1]. At 1 every eligible token is selected, whatever the score:
-            plain causal language modeling.
-        scope: the tokens ranked together. `sequence`: each row by itself; does not change with batch size,
-            accumulation or number of devices. `batch`: the micro-batch of this device; does change with them.
+        score: `excess` (Eq. 3); `loss` (highest current loss); `ref_loss` (lowest reference loss) and `ref_entropy`
+            (lowest reference entropy), the paper's static scores (App. H); `random` (the control).
+        ratio: share of the eligible tokens, in (0, 1]. At 1 every eligible token is selected: plain CLM.
+        scope: the tokens ranked together; see the module.
+        schedule: the ratio by step instead of `ratio`.
+        second, combine: another selection of the same scope, and whether a token must be in both or in one (paper
+            Table 4). The realised ratio is then what the two have in common.
+        weighting: `mask` (Eq. 4), or soft weights of mean 1 over the eligible tokens of a sequence (scope `sequence`)
+            or micro-batch (`batch`): `softmax` of score / temperature; `sigmoid` of (score - threshold) / temperature,
+            the threshold being the score of the last token that the ratio would select; `exponential`, exp(score /
+            temperature) but at most `clip`.
+        retention: alpha: the mean loss of the unselected tokens is added with this weight.
         seed: of the `random` score.
     """
 
     score: Score = "excess"
     ratio: float = 1.0
     scope: Scope = "sequence"
+    schedule: Schedule | None = None
+    second: Selector | None = None
+    combine: Combine = "intersection"
+    weighting: Weighting = "mask"
+    temperature: float = 1.0
+    clip: float = 5.0
+    retention: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if math.isnan(self.ratio) or not 0.0 < self.ratio <= 1.0:
-            raise ValueError(f"ratio must be in (0, 1], found {self.ratio}. 1.0 trains on every token.")
+        _check_ratio(self.ratio)
+        if self.second is not None and (self.second.scope != self.scope or self.scope in ("running", "dataset")):
+            raise ValueError(
+                f"two selections are combined in one scope, sequence, batch or step; found {self.scope} and "
+                f"{self.second.scope}"
+            )
+        if self.scope == "dataset" and not self.static:
+            raise ValueError(
+                f"scope dataset needs a score that does not change: ref_loss or ref_entropy, not {self.score}"
+            )
+        if self.weighting != "mask" and (self.scope not in ("sequence", "batch") or self.second or self.retention):
+            raise ValueError(
+                f"soft weights ({self.weighting}) go with scope sequence or batch, one selection and no retention; found "
+                f"scope {self.scope}"
+            )
+        if self.weighting != "mask" and not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, found {self.temperature}")
+        if self.retention < 0:
+            raise ValueError(f"retention must be 0 or more, found {self.retention}")
+
+    def at(self, step: int) -> Selector:
+        """This selector with the ratio of one (0-based) optimizer step."""
+        second = self.second.at(step) if self.second else None
+        ratio = self.schedule.ratio(step) if self.schedule else self.ratio
+        return replace(self, ratio=ratio, schedule=None, second=second)
+
+    @property
+    def parts(self) -> tuple[Selector, ...]:
+        """This selector, and the second one where there is one."""
+        return (self,) if self.second is None else (self, self.second)
 
     @property
     def selective(self) -> bool:
-        """Whether anything is left out."""
-        return self.ratio < 1.0
+        """Whether anything may be left out, at any step."""
+        lowest = min((ratio for _, ratio in self.schedule.points), default=1.0) if self.schedule else self.ratio
+        return lowest < 1.0 or self.weighting != "mask" or (self.second is not None and self.second.selective)
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the score is made from a reference's losses."""
-        return self.selective and self.score == "excess"
+    def static(self) -> bool:
+        """Whether the selection can be made before the forward."""
+        return not self.selective or all(part.score not in ("excess", "loss") for part in self.parts)
 
     @property
-    def needs_loss(self) -> bool:
-        """Whether the current losses must be known before the selection."""
-        return self.selective and self.score == "excess"
+    def columns(self) -> tuple[str, ...]:
+        """The reference's columns that the scores are made from."""
+        needed = {"excess": "ref_loss", "ref_loss": "ref_loss", "ref_entropy": "ref_entropy"}
+        found = (needed[part.score] for part in self.parts if part.score in needed and part.selective)
+        return tuple(dict.fromkeys(found))
 
-    def eligible(self, labels_BT: Tensor, ref_loss_BT: Tensor | None) -> Tensor:
-        """Tokens that take part: they have a label and, where the score needs one, a finite reference loss."""
+    def eligible(self, labels_BT: Tensor, columns: dict[str, Tensor]) -> Tensor:
+        """Tokens that take part: they have a label and, where the score needs one, a finite reference value.
+
+        Args:
+            labels_BT: `IGNORE_INDEX` where there is no loss (first and special tokens, padding, prompts).
+            columns: the reference's columns by name, each of shape (B, T).
+        """
         eligible = labels_BT != IGNORE_INDEX
-        if self.needs_reference:
-            if ref_loss_BT is None:
-                raise ValueError("score 'excess' needs the reference's losses, found none: pass ref_loss, or ratio 1.0")
-            eligible = eligible & ref_loss_BT.isfinite()
+        for name in self.columns:
+            if columns.get(name) is None:
+                raise ValueError(
+                    f"score '{self.score}' needs the reference's {name}, found none: pass it, or ratio 1.0"
+                )
+            eligible = eligible & columns[name].isfinite()
         return eligible
 
-    def num_selected(self, eligible_BT: Tensor) -> Tensor:
-        """How many tokens `select` will pick: known before any forward, so that it can divide the loss (Eq. 4)."""
+    def scores(
+        self, loss_BT: Tensor | None, columns: dict[str, Tensor], block_B: Tensor | None, length: int, step: int
+    ) -> Tensor:
+        """score_BT, higher is wanted; see the class for the kinds.
+
+        Args:
+            loss_BT: current losses (nats, no gradient), for the scores that need them.
+            columns: the reference's columns.
+            block_B: number of each row in the corpus; with seed, step and position it decides the random score, so that
+                it depends on neither batching nor resuming.
+            length: T.
+            step: the optimizer step.
+        """
+        if self.score == "random":
+            if block_B is None:
+                raise ValueError("random selection needs the rows' block numbers")
+            return random_score(block_B, length, self.seed, step)
+        if self.score in ("ref_loss", "ref_entropy"):
+            return -columns[self.score]
+        if loss_BT is None:
+            raise ValueError(f"score '{self.score}' needs the current losses")
+        return loss_BT if self.score == "loss" else excess_loss(loss_BT, columns["ref_loss"])
+
+    def select(self, parts_scores: Sequence[Tensor], eligible_BT: Tensor, threshold: float | None = None) -> Tensor:
+        """mask_BT of Eq. 5 where the scope lies within the micro-batch: sequence, batch, or running with a threshold.
+
+        Args:
+            parts_scores: score_BT of each of `parts`.
+            eligible_BT: from `eligible`.
+            threshold: of scope running: a token is selected from this score on.
+        """
+        masks = []
+        for part, score_BT in zip(self.parts, parts_scores, strict=True):
+            if part.ratio >= 1.0:
+                masks.append(eligible_BT)
+            elif self.scope == "sequence":
+                masks.append(select_top(score_BT, eligible_BT, part.ratio))
+            elif self.scope == "running" and threshold is not None:
+                masks.append(eligible_BT & (score_BT >= threshold))
+            else:
+                flat = select_top(score_BT.reshape(1, -1), eligible_BT.reshape(1, -1), part.ratio)
+                masks.append(flat.view_as(eligible_BT))
+        return self.combined(masks)
+
+    def select_step(
+        self,
+        micro_batches: Sequence[Sequence[Tensor]],
+        eligible: Sequence[Tensor],
+        gather: Gather = lambda own: [own],
+        rank: int = 0,
+    ) -> list[Tensor]:
+        """The masks of all micro-batches of this rank, ranked over the whole optimizer step and all ranks: exact.
+
+        Ties go to the earlier token in the order (micro-batch, rank, row, position): the order in which a sampler
+        hands rows out, so that the cut into micro-batches and ranks does not matter.
+
+        Args:
+            micro_batches: for each micro-batch, the score_BT of each of `parts`.
+            eligible: eligible_BT of each micro-batch.
+            gather: collects a 1-D tensor from all ranks, in order.
+            rank: this rank's place among them.
+        """
+        masks = []
+        for number, part in enumerate(self.parts):
+            if part.ratio >= 1.0:
+                masks.append(list(eligible))
+                continue
+            score_N, order_N = _flatten([scores[number] for scores in micro_batches], eligible)
+            masks.append(_top_of_step(score_N, order_N, eligible, part.ratio, gather, rank))
+        return [self.combined(list(of_parts)) for of_parts in zip(*masks, strict=True)]
+
+    def combined(self, masks: Sequence[Tensor]) -> Tensor:
+        """Intersection or union of the masks of `parts`."""
+        if len(masks) == 1:
+            return masks[0]
+        return masks[0] & masks[1] if self.combine == "intersection" else masks[0] | masks[1]
+
+    def num_selected(self, eligible_BT: Tensor) -> Tensor | None:
+        """How many tokens `select` picks in a micro-batch, where that is known before the forward; else None.
+
+        Known for one selection of scope sequence or batch. Soft weights count as many tokens as are eligible.
+        """
+        if self.weighting != "mask" or not self.selective:
+            return eligible_BT.sum()
+        if self.second is not None or self.scope not in ("sequence", "batch"):
+            return None
         groups = eligible_BT if self.scope == "sequence" else eligible_BT.reshape(1, -1)
         return num_to_select(groups.sum(-1), self.ratio).sum()
 
-    def select(
-        self, eligible_BT: Tensor, loss_BT: Tensor | None, ref_loss_BT: Tensor | None, block_B: Tensor | None, draw: int
-    ) -> Tensor:
-        """The boolean mask_BT of Eq. 5.
-
-        Args:
-            eligible_BT: from `eligible`.
-            loss_BT: current losses (nats, no gradient); needed if `needs_loss`.
-            ref_loss_BT: the reference's losses; needed if `needs_reference`.
-            block_B: number of each row in the corpus, and `draw`, the number of the optimizer step: with the seed and
-                the position they decide the random score, so that it depends on neither batching nor resuming.
-        """
-        if not self.selective:
-            return eligible_BT
-        if self.score == "excess":
-            assert loss_BT is not None and ref_loss_BT is not None, "excess needs both losses"
-            score_BT = excess_loss(loss_BT, ref_loss_BT)
+    def soft_weights(self, score_BT: Tensor, eligible_BT: Tensor) -> Tensor:
+        """weight_BT >= 0 with mean 1 over the eligible tokens of each sequence (or of the micro-batch), 0 elsewhere."""
+        shape = eligible_BT.shape
+        if self.scope == "batch":
+            score_BT, eligible_BT = score_BT.reshape(1, -1), eligible_BT.reshape(1, -1)
+        scaled = (score_BT / self.temperature).masked_fill(~eligible_BT, -torch.inf)
+        if self.weighting == "softmax":
+            weight = (scaled - scaled.amax(-1, keepdim=True).nan_to_num(neginf=0.0)).exp()
+        elif self.weighting == "sigmoid":
+            chosen = select_top(score_BT, eligible_BT, self.ratio)
+            threshold = scaled.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
+            weight = (scaled - threshold.nan_to_num(posinf=0.0)).sigmoid()
         else:
-            assert block_B is not None, "random selection needs the rows' block numbers"
-            score_BT = random_score(block_B, eligible_BT.shape[1], self.seed, draw)
-        if self.scope == "sequence":
-            return select_top(score_BT, eligible_BT, self.ratio)
-        return select_top(score_BT.reshape(1, -1), eligible_BT.reshape(1, -1), self.ratio).view_as(eligible_BT)
+            weight = scaled.clamp(max=math.log(self.clip)).exp()
+        weight = weight.masked_fill(~eligible_BT, 0.0)
+        mean = weight.sum(-1, keepdim=True) / eligible_BT.sum(-1, keepdim=True).clamp(min=1)
+        return (weight / mean.clamp(min=torch.finfo(weight.dtype).tiny)).view(shape)
+
+
+def _check_ratio(ratio: float) -> None:
+    if math.isnan(ratio) or not 0.0 < ratio <= 1.0:
+        raise ValueError(f"ratio must be in (0, 1], found {ratio}. 1.0 trains on every token.")
+
+
+def _flatten(scores: Sequence[Tensor], eligible: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Scores of this rank's eligible tokens, and the micro-batch each comes from."""
+    score_N = torch.cat([score[mask] for score, mask in zip(scores, eligible, strict=True)])
+    numbers = [torch.full((int(mask.sum()),), m, device=mask.device) for m, mask in enumerate(eligible)]
+    return score_N.double(), torch.cat(numbers)
+
+
+def _top_of_step(
+    score_N: Tensor, micro_N: Tensor, eligible: Sequence[Tensor], ratio: float, gather: Gather, rank: int
+) -> list[Tensor]:
+    """The part of the step's top `round(ratio * n)` that lies on this rank, as one mask for each micro-batch."""
+    scores, micros = gather(score_N), gather(micro_N)
+    all_scores, all_micros = torch.cat(scores), torch.cat(micros)
+    # Ranks come in order and rows in order within them, so sorting by micro-batch gives (micro-batch, rank, row, t).
+    position = all_micros.argsort(stable=True)
+    everyone = torch.ones(1, len(position), dtype=torch.bool, device=position.device)
+    chosen = torch.zeros_like(everyone[0])
+    chosen[position] = select_top(all_scores[position][None], everyone, ratio)[0]
+    start = sum(len(part) for part in scores[:rank])
+    own = chosen[start : start + len(score_N)]
+    masks = []
+    for m, mask in enumerate(eligible):
+        picked = torch.zeros_like(mask)
+        picked[mask] = own[micro_N == m]
+        masks.append(picked)
+    return masks
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where scope `dataset` divides a corpus: above `value`, or equal to it and not after (block, position)."""
+
+    value: float
+    block: int
+    position: int
+
+    def mask(self, score_BT: Tensor, eligible_BT: Tensor, block_B: Tensor) -> Tensor:
+        """The eligible tokens of some rows that lie above the cut."""
+        position_T = torch.arange(score_BT.shape[1], device=score_BT.device)
+        block_B1 = block_B[:, None]
+        before = (block_B1 < self.block) | ((block_B1 == self.block) & (position_T <= self.position))
+        return eligible_BT & ((score_BT > self.value) | ((score_BT == self.value) & before))
+
+
+def dataset_cut(rows: Callable[[], Iterable[tuple[Tensor, Tensor]]], ratio: float) -> Cut:
+    """The cut that leaves exactly `round(ratio * n)` of all n eligible tokens above it, ties by position.
+
+    Args:
+        rows: called for each of up to three passes; gives (score_T float32, eligible_T) of block 0, 1, 2 ...
+        ratio: share to select, in (0, 1].
+
+    Memory does not grow with the corpus: the value is found by two histograms over the halves of the scores' bits.
+    """
+    high = torch.zeros(1 << 16, dtype=torch.int64)
+    for score, eligible in rows():
+        high += torch.bincount(_ordered_bits(score[eligible]) >> 16, minlength=1 << 16)
+    wanted = int(num_to_select(high.sum(), ratio))
+    if wanted == 0:
+        raise ValueError(f"ratio {ratio} selects none of the corpus's {int(high.sum())} eligible tokens")
+    top, above = _bucket(high, wanted)
+    low = torch.zeros(1 << 16, dtype=torch.int64)
+    for score, eligible in rows():
+        bits = _ordered_bits(score[eligible])
+        low += torch.bincount(bits[bits >> 16 == top] & 0xFFFF, minlength=1 << 16)
+    bottom, above_low = _bucket(low, wanted - above)
+    ties = wanted - above - above_low
+    bits = (top << 16) | bottom
+    for block, (score, eligible) in enumerate(rows()):
+        equal = (eligible & (_ordered_bits(score) == bits)).nonzero().squeeze(-1)
+        if len(equal) >= ties:
+            position = int(equal[ties - 1])
+            return Cut(float(score[position]), block, position)
+        ties -= len(equal)
+    raise AssertionError("the passes gave different rows")
+
+
+def _ordered_bits(score: Tensor) -> Tensor:
+    """int64 in [0, 2^32) that orders as the float32 scores do (-0.0 counts as 0.0)."""
+    bits = (score.float() + 0.0).view(torch.int32).long()
+    return torch.where(bits >= 0, bits | (1 << 31), ~bits & 0x7FFFFFFF)
+
+
+def _bucket(histogram: Tensor, wanted: int) -> tuple[int, int]:
+    """The bucket that holds the `wanted`-th largest, and how many lie in the buckets above it."""
+    from_top = histogram.flip(0).cumsum(0)
+    index = int((from_top < wanted).sum())
+    bucket = len(histogram) - 1 - index
+    return bucket, int(from_top[index] - histogram[bucket])
 
 
 def random_score(block_B: Tensor, length: int, seed: int, draw: int) -> Tensor:
@@ -114,100 +382,3 @@ def _mix(x: Tensor) -> Tensor:
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-class SelectionStats:
-    """What selection did since the last log: sums that add up over micro-batches and ranks.
-
-    Args:
-        selector: whose work is counted.
-        label_names: names of the token labels (`label` -1 means none).
-    """
-
-    def __init__(self, selector: Selector, label_names: list[str]) -> None:
-        self.selector, self.label_names = selector, label_names
-        self._parts: list[Tensor] = []
-        self._excess: Tensor | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self._parts)
-
-    @torch.no_grad()
-    def add(
-        self,
-        loss_BT: Tensor,
-        eligible_BT: Tensor,
-        selected_BT: Tensor,
-        ref_loss_BT: Tensor | None,
-        label_BT: Tensor | None,
-    ) -> None:
-        """Count one micro-batch; nothing is moved to the host."""
-        loss_selected = loss_BT.double().masked_fill(~selected_BT, 0.0).sum()
-        loss_all = loss_BT.double().masked_fill(~eligible_BT, 0.0).sum()
-        differs = torch.zeros((), device=loss_BT.device)
-        if ref_loss_BT is not None:
-            excess = excess_loss(loss_BT, ref_loss_BT)[eligible_BT & ref_loss_BT.isfinite()].float()
-            differs = (excess.abs() > 1e-4 + SAME_LOSS * loss_BT.nan_to_num().max()).sum()
-            self._excess = excess
-        counts = [
-            torch.tensor(loss_BT.numel(), device=loss_BT.device),
-            eligible_BT.sum(),
-            selected_BT.sum(),
-            self.selector.num_selected(eligible_BT),
-            loss_selected,
-            loss_all,
-            differs,
-        ]
-        if self.label_names and label_BT is not None:
-            for mask in (eligible_BT, selected_BT):
-                counts += list(torch.bincount(label_BT[mask] + 1, minlength=len(self.label_names) + 1)[1:])
-        self._parts.append(torch.stack([count.double() for count in counts]))
-
-    def sums(self) -> Tensor:
-        """One float64 vector, to be summed over ranks and given to `record`."""
-        return torch.stack(self._parts).sum(0)
-
-    def record(self, sums: Tensor) -> dict[str, Any]:
-        """The counts as a log record, after checking that selection did what it was asked to.
-
-        Excess quantiles are those of this rank's last micro-batch.
-
-        Raises:
-            RhoError: another number of tokens was selected than asked for, the loss is not finite, or the reference
-                agrees with the model on every token.
-        """
-        tokens, eligible, selected, asked, loss_selected, loss_all, differs, *by_label = sums.tolist()
-        if selected != asked or selected == 0:
-            raise RhoError(
-                f"selection is not doing what it was asked to: {selected:.0f} of {eligible:.0f} eligible tokens were "
-                f"selected, ratio {self.selector.ratio} asks for {asked:.0f}. Training stopped; please report this."
-            )
-        if not math.isfinite(loss_all):
-            raise RhoError(
-                f"the training loss is {loss_all}. Training stopped: lower the learning rate, check the data."
-            )
-        if self.selector.needs_reference and differs == 0:
-            raise RhoError(
-                "the excess loss is zero for every token: the reference and the model are the same weights, so nothing "
-                "is selected by it. Give another reference, or train with ratio 1.0."
-            )
-        half = len(by_label) // 2
-        labels = zip(self.label_names, by_label[:half], by_label[half:], strict=False)
-        rest = eligible - selected
-        return {
-            "tokens": int(tokens),
-            "eligible": int(eligible),
-            "selected": int(selected),
-            "ratio": selected / eligible,
-            "loss_selected": loss_selected / selected,
-            "loss_unselected": (loss_all - loss_selected) / rest if rest else None,
-            "loss_all": loss_all / eligible,
-            "excess": self._quantiles(),
-            "labels": {name: {"eligible": int(e), "selected": int(s)} for name, e, s in labels},
-        }
-
-    def _quantiles(self) -> dict[str, float] | None:
-        if self._excess is None or not self._excess.numel():
-            return None
-        values = torch.quantile(self._excess, self._excess.new_tensor(list(QUANTILES.values())))
-        return dict(zip(QUANTILES, values.tolist(), strict=True))

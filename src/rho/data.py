@@ -1,0 +1,144 @@
+"""What a trainer reads: blocks of a corpus joined with their scores, in an order that no batching changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from rho.corpus import Corpus
+from rho.errors import ConfigError, MismatchError
+from rho.objective import IGNORE_INDEX
+from rho.selection import Cut, Selector, dataset_cut
+from rho.store import ScoreStore
+
+CombineReferences = Literal["mean", "min", "max", "weights"]
+
+
+class TrainingBlocks(Dataset):
+    """The training split of a corpus with its scores: input_ids, position_ids, labels, label, block, and the columns.
+
+    Args:
+        corpus: what is trained on.
+        scores: one store, or several by name, each of this corpus.
+        combine: how several references become one column: `mean`, `min`, `max`, or the sum with `weights`, by name
+            (one wanted and one unwanted domain: weights 1 and -1).
+        columns: which of `ref_loss` and `ref_entropy` to read.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        scores: ScoreStore | Mapping[str, ScoreStore] | None = None,
+        combine: CombineReferences = "mean",
+        weights: Mapping[str, float] | None = None,
+        columns: Sequence[str] = ("ref_loss",),
+    ) -> None:
+        self.stores = {"reference": scores} if isinstance(scores, ScoreStore) else dict(scores or {})
+        for store in self.stores.values():
+            store.check_corpus(corpus)
+        if combine == "weights" and set(weights or {}) != set(self.stores):
+            raise ConfigError(
+                f"weights are for references {', '.join(weights or {}) or 'none'}, the scores given are "
+                f"{', '.join(self.stores) or 'none'}. Name each of them once."
+            )
+        self.corpus, self.combine, self.weights, self.columns = corpus, combine, weights, tuple(columns)
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, block: int) -> dict[str, Tensor]:
+        row = self.corpus.row(block, ("input_ids", "document", "label"))
+        example = self.corpus.inputs(row)
+        example["label"] = torch.from_numpy(row["label"].astype("int64"))
+        example["block"] = torch.tensor(block)
+        return example | self.scores(block, len(row["input_ids"]))
+
+    def scores(self, block: int, length: int) -> dict[str, Tensor]:
+        """The reference's columns of one block, several references combined, float32."""
+        if not self.stores or not self.columns:
+            return {}
+        found: dict[str, list[Tensor]] = {column: [] for column in self.columns}
+        for store in self.stores.values():
+            for column, values in store.row(block, self.columns).items():
+                if len(values) != length:
+                    raise MismatchError(
+                        f"block {block}: {length} tokens in {self.corpus.folder}, {len(values)} scores in "
+                        f"{store.folder}. Score the corpus again."
+                    )
+                found[column].append(torch.from_numpy(values.astype("float32")))
+        return {column: self._combined(torch.stack(values)) for column, values in found.items()}
+
+    def _combined(self, values_RT: Tensor) -> Tensor:
+        if self.combine == "weights":
+            weights = torch.tensor([(self.weights or {})[name] for name in self.stores])
+            return (weights[:, None] * values_RT).sum(0)
+        if self.combine == "mean":
+            return values_RT.mean(0)
+        return values_RT.amin(0) if self.combine == "min" else values_RT.amax(0)
+
+    def cut(self, selector: Selector) -> Cut:
+        """Where scope `dataset` divides this corpus."""
+
+        def rows() -> Iterator[tuple[Tensor, Tensor]]:
+            for block in range(len(self)):
+                example = self[block]
+                columns = {name: example[name][None] for name in self.columns if name in example}
+                eligible = selector.eligible(example["labels"][None], columns)
+                yield selector.scores(None, columns, None, eligible.shape[1], 0)[0], eligible[0]
+
+        return dataset_cut(rows, selector.ratio)
+
+
+def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack rows of equal length into a batch."""
+    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+class Padded(Dataset):
+    """A data set in which row -1 is padding: a block without labels, so that nothing of it is trained on."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index >= 0:
+            return self.rows[index]
+        padding = dict(self.rows[0])
+        padding["labels"] = torch.full_like(padding["labels"], IGNORE_INDEX)
+        padding["block"] = torch.tensor(-1)
+        return padding
+
+
+class RowOrder(Sampler[int]):
+    """Every row once an epoch, in an order that depends on seed and epoch alone, then padding (-1) to a whole batch.
+
+    So the rows of an optimizer step are the same for any cut into micro-batches and ranks, and none is trained on twice
+    to make the ranks even.
+
+    Args:
+        rows: number of rows.
+        batch: rows that all ranks take in one micro-batch.
+        seed: of the order.
+    """
+
+    def __init__(self, rows: int, batch: int, seed: int) -> None:
+        self.rows, self.batch, self.seed, self.epoch = rows, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows + -self.rows % self.batch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from [-1] * (len(self) - self.rows)

@@ -1,0 +1,448 @@
+"""SelectiveTrainer: `transformers.Trainer` that trains on the tokens a `Selector` picks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from rho.checkpoints import PARTIAL, checkpoints, commit
+from rho.data import Padded, RowOrder, collate
+from rho.errors import ConfigError, DataError, MismatchError, RhoError
+from rho.linear_loss import linear_loss_sum, linear_token_loss
+from rho.models import check_head, head, hidden_states
+from rho.objective import IGNORE_INDEX, num_to_select, predictors
+from rho.progress import say
+from rho.selection import Cut, Selector
+from rho.stats import SelectionStats
+
+CLM = Selector(ratio=1.0)
+COLUMNS = ("ref_loss", "ref_entropy")
+FOLLOW = 0.5  # how fast the threshold of scope running follows the last step's quantile
+
+
+def selective_forward(selector: Selector) -> Callable[..., dict[str, Tensor]]:
+    """A `forward` for a causal language model that returns the numerator of Eq. 4 instead of logits.
+
+    It replaces the model's own, so that the loss is computed inside whatever wraps the model (DDP, FSDP, autocast).
+    """
+
+    def forward(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        step: int = 0,
+        block: Tensor | None = None,
+        ref_loss: Tensor | None = None,
+        ref_entropy: Tensor | None = None,
+        selected: Tensor | None = None,
+        threshold: float | None = None,
+        rest_weight: Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        active = selector.at(step) if model.training else CLM
+        columns = {n: v for n, v in (("ref_loss", ref_loss), ("ref_entropy", ref_entropy)) if v is not None}
+        hidden_ND = predictors(hidden_states(model, input_ids, position_ids)).flatten(0, 1)
+        weight, bias = head(model)
+        eligible = active.eligible(labels, columns)
+
+        def losses(where: Tensor) -> Tensor:
+            wanted = labels.masked_fill(~where, IGNORE_INDEX).flatten()
+            return linear_token_loss(hidden_ND, weight, wanted, bias)[0].view_as(labels)
+
+        loss = None if active.static or selected is not None else losses(eligible)
+        out: dict[str, Tensor] = {"eligible": eligible}
+        if selected is None and active.selective:
+            scores = [part.scores(loss, columns, block, labels.shape[1], step) for part in active.parts]
+            if active.weighting != "mask":
+                selected = eligible
+                row_weight = active.soft_weights(scores[0], eligible)
+            elif active.scope == "step" or (active.scope == "running" and threshold is None):
+                selected = active.select_step([scores], [eligible], all_gather, rank())[0]
+            else:
+                selected = active.select(scores, eligible, threshold)
+            out["score"] = scores[0]
+        elif selected is None:
+            selected = eligible
+        if active.weighting == "mask":
+            row_weight = selected.to(hidden_ND.dtype)
+            if rest_weight is not None:
+                row_weight = torch.where(eligible & ~selected, rest_weight.to(row_weight.dtype), row_weight)
+        rows = row_weight.flatten().nonzero().squeeze(-1)
+        loss_sum, row_loss = linear_loss_sum(
+            hidden_ND.index_select(0, rows), weight, labels.flatten()[rows], bias, row_weight.flatten()[rows].float()
+        )
+        if loss is None:  # for the log alone
+            loss = losses(eligible & (row_weight == 0))
+            loss.view(-1)[rows] = row_loss
+        return out | {"loss": loss_sum, "token_loss": loss, "selected": selected}
+
+    return forward
+
+
+def rank() -> int:
+    """This process's place among the ranks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_gather(own_N: Tensor) -> list[Tensor]:
+    """1-D tensors, of any lengths, from all ranks in order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [own_N]
+    lengths = [torch.zeros(1, dtype=torch.int64, device=own_N.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(own_N)], device=own_N.device))
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=own_N.dtype, device=own_N.device)
+    padded[: len(own_N)] = own_N
+    found = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(found, padded)
+    return [part[: int(length)] for part, length in zip(found, lengths, strict=True)]
+
+
+class SelectiveTrainer(Trainer):
+    """`transformers.Trainer` that trains on the tokens a `Selector` picks.
+
+    The loss is Eq. 4: the sum over the selected tokens divided by the number of selected tokens of the whole optimizer
+    step, over micro-batches and ranks.
+
+    Args:
+        model: a causal language model, or one with LoRA. Its `forward` is replaced as long as the trainer lives; what
+            it saves is plain.
+        selector: which tokens to train on.
+        train_dataset: rows with input_ids, position_ids, labels, block, and the reference's columns that the score needs.
+        label_names: names of the token labels in the rows' `label`, for the share of each in the log.
+        step_log: JSON lines file with one record a logging step; None for none.
+        cut: of scope dataset (`TrainingBlocks.cut`).
+        skip_nonfinite: how many steps with a loss or gradient that is not finite are left out before training stops.
+        All else is `Trainer`'s.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        selector: Selector,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        label_names: list[str] | None = None,
+        step_log: Path | None = None,
+        cut: Cut | None = None,
+        skip_nonfinite: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"{args.n_gpu} GPUs in one process: start one process each with `torchrun` or `accelerate`."
+            )
+        if selector.scope == "dataset" and cut is None:
+            raise ConfigError(
+                "scope dataset needs the cut of the whole corpus: pass cut=TrainingBlocks(...).cut(selector)"
+            )
+        args.remove_unused_columns = False
+        args.logging_first_step = True  # a reference equal to the model shows before the first update only
+        check_head(model)
+        model.forward = MethodType(selective_forward(selector), model)
+        kwargs.setdefault("data_collator", collate)
+        super().__init__(model=model, args=args, train_dataset=Padded(train_dataset), **kwargs)
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # compute_loss divides for the whole step
+        self.selector, self.step_log, self.cut = selector, step_log, cut
+        self.order = RowOrder(len(train_dataset), args.train_batch_size * args.world_size, args.seed)  # type: ignore[arg-type]
+        self._stats = SelectionStats(selector, label_names or [])
+        self._logged_at = time.monotonic()
+        self.skip_nonfinite, self._skipped = skip_nonfinite, 0
+        self._threshold: float | None = None
+        self._step = _Step()
+        self.add_callback(_Housekeeping(self))
+        self.remove_callback(PrinterCallback)  # the step log and the progress bar say it better
+
+    def _get_train_sampler(self, *_: Any) -> RowOrder:
+        return self.order
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        """The micro-batches of an optimizer step and the number of tokens it selects over all of them and all ranks.
+
+        Where that number or the selection is not known before the gradients, the micro-batches are passed forward once
+        without gradients, and go on with their masks.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        active = self.selector.at(self.state.global_step)
+        eligible = [self.eligible(batch) for batch in batches]
+        total = self._total(sum((mask.sum() for mask in eligible), torch.zeros((), dtype=torch.int64)))
+        masks = self._decide(active, batches, eligible)
+        if masks is not None:
+            for batch, mask in zip(batches, masks, strict=True):
+                batch["selected"] = mask
+            asked = self._total(sum(mask.sum() for mask in masks))
+        elif active.scope in ("step", "running") and active.selective:
+            asked = num_to_select(total, active.ratio)
+        else:
+            counts = [active.num_selected(mask) for mask in eligible]
+            asked = self._total(sum(counts, torch.zeros((), dtype=torch.int64)))
+        if batches and asked == 0:
+            raise DataError(
+                f"step {self.state.global_step + 1}: no token to train on: no label, or no reference score, in any of "
+                f"{len(batches)} batches. Check the corpus and its scores."
+            )
+        rest = total - asked
+        if active.retention and rest > 0:
+            for batch in batches:
+                batch["rest_weight"] = active.retention * asked.double() / rest
+        one_pass_threshold = active.scope == "running" and active.selective and self._threshold is not None
+        self._step = _Step(len(batches), asked, exact=not one_pass_threshold)
+        return batches, asked
+
+    def _decide(self, active: Selector, batches: list[dict], eligible: list[Tensor]) -> list[Tensor] | None:
+        """The masks, where they must be, or can as well be, known before the forward; None where it decides."""
+        if not active.selective or active.weighting != "mask" or not batches:
+            return None
+        in_forward = active.second is None and (
+            active.scope in ("sequence", "batch")
+            or (active.scope == "running" and self._threshold is not None)
+            or (active.scope in ("step", "running") and len(batches) == 1)
+        )
+        if in_forward:
+            return None
+        if self.cut is not None and active.scope == "dataset":
+            scores = [self._scores(active, batch, None)[0] for batch in batches]
+            return [
+                self.cut.mask(score, mask, batch["block"])
+                for score, mask, batch in zip(scores, eligible, batches, strict=True)
+            ]
+        losses = [None if active.static else self._losses(batch) for batch in batches]
+        scores_of = [self._scores(active, batch, loss) for batch, loss in zip(batches, losses, strict=True)]
+        if active.scope in ("sequence", "batch"):
+            return [active.select(scores, mask) for scores, mask in zip(scores_of, eligible, strict=True)]
+        return active.select_step(scores_of, eligible, all_gather, rank())
+
+    def _scores(self, active: Selector, batch: dict[str, Tensor], loss: Tensor | None) -> list[Tensor]:
+        columns = {name: batch[name] for name in COLUMNS if name in batch}
+        length = batch["labels"].shape[1]
+        return [p.scores(loss, columns, batch.get("block"), length, self.state.global_step) for p in active.parts]
+
+    @torch.no_grad()
+    def _losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Losses of a micro-batch's tokens before any gradient: the first of two forwards."""
+        inputs = self._prepare_inputs({k: v for k, v in batch.items() if k != "label"})
+        everything = inputs["labels"] != IGNORE_INDEX
+        with self.compute_loss_context_manager():
+            outputs = self.model_wrapped(**inputs, step=self.state.global_step, selected=torch.zeros_like(everything))
+        return outputs["token_loss"]
+
+    def _total(self, count: Tensor | int) -> Tensor:
+        """A count summed over ranks."""
+        return self.accelerator.reduce(torch.as_tensor(count).to(self.args.device), "sum")
+
+    def eligible(self, batch: dict[str, Tensor]) -> Tensor:
+        """Eligible tokens of a batch; an error if the scores that the selection needs are missing."""
+        try:
+            return self.selector.eligible(batch["labels"], {name: batch.get(name) for name in COLUMNS})
+        except ValueError as error:
+            raise MismatchError(f"{error}. The training rows have {', '.join(sorted(batch))}.") from error
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Any:
+        """Eq. 4. In evaluation (no count given): the mean loss of the batch's labelled tokens."""
+        inputs = dict(inputs)
+        label = inputs.pop("label", None)
+        if self._threshold is not None:
+            inputs["threshold"] = self._threshold
+        outputs = model(**inputs, step=self.state.global_step)
+        if num_items_in_batch is None:
+            loss = outputs["loss"] / outputs["eligible"].sum()
+        else:
+            self._count(outputs, inputs, label)
+            # Data parallel training averages over ranks; the count is the sum over them.
+            loss = outputs["loss"] / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _count(self, outputs: dict[str, Tensor], inputs: dict[str, Tensor], label: Tensor | None) -> None:
+        selected, step = outputs["selected"], self._step
+        step.done += 1
+        step.selected = step.selected + selected.sum()
+        if "block" in inputs:
+            bad = (outputs["eligible"] & ~outputs["token_loss"].isfinite()).any(-1)
+            step.bad_blocks.append(inputs["block"][bad])
+            step.blocks.append(inputs["block"])
+        if "score" in outputs and self.selector.scope == "running":
+            step.scores.append(outputs["score"][outputs["eligible"]].detach().float())
+        # What a whole step was asked for is checked at its end, what a micro-batch was asked for there.
+        active = self.selector.at(self.state.global_step)
+        asked = active.num_selected(outputs["eligible"])
+        self._stats.add(outputs["token_loss"], outputs["eligible"], selected, asked, inputs.get("ref_loss"), label)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None) -> Tensor:
+        """One micro-batch; after the last of a step whose count was not known before, the gradients are put right."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = self._step
+        if step.done == step.micro_batches:
+            actual = self._total(step.selected)
+            if step.exact and actual != step.asked:
+                raise RhoError(
+                    f"step {self.state.global_step + 1}: {int(actual)} tokens were selected, {int(step.asked)} were to be. "
+                    "Training stopped; please report this."
+                )
+            if not step.exact and actual > 0:
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(step.asked / actual)
+            self._follow(step)
+        return loss
+
+    def _follow(self, step: _Step) -> None:
+        """Move the threshold of scope running towards the score that this step's asked share lies above."""
+        active = self.selector.at(self.state.global_step)
+        if not step.scores or not active.selective:
+            return
+        own = torch.cat(step.scores)
+        found = own.kthvalue(max(1, len(own) - int(num_to_select(torch.tensor(len(own)), active.ratio)) + 1)).values
+        found = float(self.accelerator.reduce(found.double(), "mean"))
+        before = self._threshold
+        self._threshold = found if before is None else before + FOLLOW * (found - before)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what selection did to the trainer's own log, and write the step record."""
+        if "learning_rate" in logs and self._stats:
+            record = self._stats.record(self.accelerator.reduce(self._stats.sums(), "sum"))
+            self._stats = SelectionStats(self.selector, self._stats.label_names)
+            before = self.last_logged()
+            now, tokens = time.monotonic(), record.pop("tokens")
+            record["tokens_seen"] = before.get("tokens_seen", 0) + tokens
+            record["tokens_selected"] = before.get("tokens_selected", 0) + record["selected"]
+            record["tokens_per_second"] = round(tokens / (now - self._logged_at), 1)
+            record["ratio_asked"] = self.selector.at(self.state.global_step - 1).ratio
+            if self._threshold is not None:
+                record["threshold"] = self._threshold
+            self._logged_at = now
+            record |= {name: logs[name] for name in ("grad_norm", "learning_rate") if name in logs}
+            if self.step_log is not None and self.is_world_process_zero():
+                with open(self.step_log, "a") as file:
+                    file.write(json.dumps({"step": self.state.global_step, **record}) + "\n")
+            logs |= {name: value for name, value in record.items() if isinstance(value, int | float)}
+        super().log(logs, start_time)
+
+    def last_logged(self) -> dict[str, Any]:
+        """The newest log entry of ours: it travels with checkpoints, so counts and threshold go on where they were."""
+        return next((entry for entry in reversed(self.state.log_history) if "tokens_seen" in entry), {})
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As `Trainer`, but committed by `rho.checkpoints`: a checkpoint that is there is whole."""
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(folder / PARTIAL)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(folder)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            name = f"checkpoint-{self.state.global_step}"
+            commit(folder / PARTIAL / name, folder / name)
+            self._rotate(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _rotate(self, folder: Path) -> None:
+        """Remove the oldest checkpoints beyond `save_total_limit`, never the best."""
+        limit = self.args.save_total_limit
+        best = Path(self.state.best_model_checkpoint or "").name
+        old = [path for path in checkpoints(folder) if path.name != best]
+        for path in old[: max(len(old) - limit, 0)] if limit else []:
+            shutil.rmtree(path)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """Mean loss over all labelled tokens of the evaluation set: one sum over one count, over batches and ranks."""
+        model, was_training = self.model_wrapped, self.model_wrapped.training
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                with self.compute_loss_context_manager():
+                    outputs = model(**{k: v for k, v in self._prepare_inputs(batch).items() if k != "label"})
+                sums += torch.stack([outputs["loss"].double(), outputs["eligible"].sum().double()])
+        model.train(was_training)
+        nats, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": nats / max(tokens, 1.0), f"{metric_key_prefix}_tokens": tokens}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called before every update: gradients (and losses) must be finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        finite = torch.as_tensor(norm).isfinite().all() & torch.as_tensor(self._step.finite)
+        if not bool(self.accelerator.reduce(finite.double().to(self.args.device), "mean") == 1.0):
+            self._not_finite(model, float(torch.as_tensor(norm)))
+        return norm
+
+    def _not_finite(self, model: Any, norm: float) -> None:
+        where = self._step.suspects(self.train_dataset)
+        message = (
+            f"step {self.state.global_step + 1}: loss or gradient is not finite (gradient norm {norm}), in {where}"
+        )
+        self._skipped += 1
+        if self._skipped > self.skip_nonfinite:
+            raise RhoError(
+                f"{message}. Training stopped before the update; the last checkpoint is good. Look at these documents, "
+                "lower the learning rate, or allow a number of such steps to be left out with skip_nonfinite."
+            )
+        say(f"{message}: left out, {self._skipped} of at most {self.skip_nonfinite}")
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+@dataclass
+class _Step:
+    """The optimizer step in progress: micro-batches, and the tokens asked for and selected so far."""
+
+    micro_batches: int = 0
+    asked: Tensor | int = 0
+    exact: bool = True
+    done: int = 0
+    selected: Tensor | int = 0
+    scores: list[Tensor] = field(default_factory=list)
+    bad_blocks: list[Tensor] = field(default_factory=list)  # rows with a loss that is not finite
+    blocks: list[Tensor] = field(default_factory=list)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every token's loss is a number."""
+        return not any(len(blocks) for blocks in self.bad_blocks)
+
+    def suspects(self, rows: Dataset) -> str:
+        """The documents and shards of the rows whose loss is not finite, or of all rows where only the gradient is."""
+        blocks = torch.cat(self.bad_blocks if not self.finite else self.blocks).tolist()
+        corpus = getattr(getattr(rows, "rows", rows), "corpus", None)
+        if corpus is None:
+            return f"blocks {blocks[:8]}"
+        return "; ".join(corpus.describe(block) for block in blocks[:4] if block >= 0)
+
+
+class _Housekeeping(TrainerCallback):
+    """Keeps what is outside the trainer's own state in step with it."""
+
+    def __init__(self, trainer: SelectiveTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._threshold = self.trainer.last_logged().get("threshold")
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.order.set_epoch(int(state.epoch))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if control.should_save:  # a checkpoint carries counts and threshold in its log history
+            control.should_log = True
+        return control
