@@ -26,9 +26,7 @@ def test_token_losses_and_entropies_equal_the_slow_twin(chunk: int, bias: bool) 
     offset = torch.randn(11, dtype=torch.float64) if bias else None
     labels = torch.tensor([[IGNORE_INDEX, 3, 1, IGNORE_INDEX, 10, 0, 5, 6]])
     logits = hidden[None] @ weight.T + (0 if offset is None else offset)
-    loss, entropy = linear_token_loss(
-        predictors(hidden[None])[0], weight, labels[0], offset, entropy=True, chunk=chunk
-    )
+    loss, entropy = linear_token_loss(predictors(hidden[None])[0], weight, labels[0], offset, entropy=True, chunk=chunk)
     assert entropy is not None
     kept = labels != IGNORE_INDEX  # row 0 of the shifted hidden states is zero, and has no label
     for fast, slow in ((loss, token_loss(logits, labels)[0]), (entropy, token_entropy(logits, labels)[0])):

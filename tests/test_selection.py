@@ -39,7 +39,8 @@ def test_sequence_scope_does_not_depend_on_the_batch_and_batch_scope_does() -> N
         selector = Selector("excess", 0.5, scope)  # type: ignore[arg-type]
         together = pick(selector)
         alone = [
-            selector.select(selector.eligible(LABELS[[b]], REF[[b]]), LOSS[[b]], REF[[b]], BLOCK[[b]], 0) for b in (0, 1)
+            selector.select(selector.eligible(LABELS[[b]], REF[[b]]), LOSS[[b]], REF[[b]], BLOCK[[b]], 0)
+            for b in (0, 1)
         ]
         assert torch.equal(torch.cat(alone), together) is same
 
@@ -85,7 +86,9 @@ def test_random_selection_is_fair_over_positions_and_draws() -> None:
     assert (share - 0.25).abs().max() < 4 * math.sqrt(0.25 * 0.75 / (64 * 40))
 
 
-def stats(selector: Selector, selected: torch.Tensor, loss: torch.Tensor = LOSS, ref: torch.Tensor | None = REF) -> dict:
+def stats(
+    selector: Selector, selected: torch.Tensor, loss: torch.Tensor = LOSS, ref: torch.Tensor | None = REF
+) -> dict:
     counted = SelectionStats(selector, ["prose", "code"])
     label = torch.tensor([[-1, 0, 0, 0, 1, 1, 1, 1], [-1, 0, 1, 1, -1, -1, -1, -1]])
     counted.add(loss, selector.eligible(LABELS, ref), selected, ref, label)

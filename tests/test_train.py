@@ -54,7 +54,9 @@ def assert_same_weights(a: Path, b: Path) -> None:
         assert torch.equal(tensor, weights(b)[name]), name
 
 
-def test_ratio_one_is_plain_clm_bit_for_bit(corpus: Path, scores: Path, model_config: ModelConfig, tmp_path: Path) -> None:
+def test_ratio_one_is_plain_clm_bit_for_bit(
+    corpus: Path, scores: Path, model_config: ModelConfig, tmp_path: Path
+) -> None:
     train(config(ratio=1.0), Corpus(corpus), model_config, tmp_path / "clm")
     train(config(ratio=1.0, score="excess"), Corpus(corpus), model_config, tmp_path / "slm", ScoreStore(scores))
     assert_same_weights(tmp_path / "clm", tmp_path / "slm")
@@ -191,7 +193,9 @@ def test_the_step_log_says_what_was_realised(
         assert record["labels"]["code"]["selected"] <= record["labels"]["code"]["eligible"]
 
 
-def test_the_random_control_logs_what_it_leaves_out_too(corpus: Path, model_config: ModelConfig, tmp_path: Path) -> None:
+def test_the_random_control_logs_what_it_leaves_out_too(
+    corpus: Path, model_config: ModelConfig, tmp_path: Path
+) -> None:
     train(config(score="random"), Corpus(corpus), model_config, tmp_path / "random")
     assert all(record["loss_unselected"] > 0 for record in steps(tmp_path / "random"))
 
@@ -257,14 +261,16 @@ def test_a_weak_reference_is_refused_with_both_losses_and_can_be_allowed(
 
 def test_a_model_that_scales_its_logits_is_refused() -> None:
     settings = dict(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    model = GraniteForCausalLM(GraniteConfig(**settings, num_key_value_heads=2, logits_scaling=8.0, initializer_range=1.0))
+    model = GraniteForCausalLM(
+        GraniteConfig(**settings, num_key_value_heads=2, logits_scaling=8.0, initializer_range=1.0)
+    )
     with pytest.raises(MismatchError, match="scales or caps its logits"):
         check_head(model)
 
 
-def test_an_unknown_training_argument_is_named(corpus: Path, model_config: ModelConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="learning_rte"):
-        train(config(ratio=1.0, arguments={"learning_rte": 1.0}), Corpus(corpus), model_config, tmp_path / "x")
+def test_an_unknown_training_argument_is_named() -> None:
+    with pytest.raises(ValueError, match="learning_rte: no field of transformers.TrainingArguments"):
+        config(arguments={"learning_rte": 1.0})
 
 
 def test_a_loss_that_diverges_stops_the_training(corpus: Path, model_config: ModelConfig, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -38,7 +39,7 @@ from rho.models import (
 )
 from rho.objective import IGNORE_INDEX, predictors
 from rho.progress import say, track
-from rho.runs import Manifest, open_stage, sync_folder
+from rho.runs import Manifest, atomic_write, open_stage, sync_folder
 from rho.score import check_tokenizer, mean_loss
 from rho.selection import Scope, Score, SelectionStats, Selector
 from rho.store import ScoreStore
@@ -58,6 +59,25 @@ PARTIAL = ".partial"
 CLM = Selector(ratio=1.0)
 
 
+def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Each is a field of `TrainingArguments` that rho leaves to the user, with a value of its type."""
+    kinds = get_type_hints(TrainingArguments)
+    checked = {}
+    for name, value in arguments.items():
+        if name in ("output_dir", "seed", "data_seed", "remove_unused_columns", "label_names"):
+            raise ValueError(f"{name}: set by rho (the folder, and `seed`), leave it out")
+        if name not in kinds:
+            raise ValueError(f"{name}: no field of transformers.TrainingArguments")
+        try:
+            checked[name] = TypeAdapter(kinds[name]).validate_python(value)  # YAML reads 1e-3 as a string
+        except ValidationError as error:
+            raise ValueError(f"{name}: {error.errors()[0]['msg']}, found {value!r}") from None
+    return checked
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
+
+
 class TrainConfig(BaseModel):
     """Settings of the train stage.
 
@@ -73,14 +93,7 @@ class TrainConfig(BaseModel):
     ratio: float = Field(1.0, gt=0.0, le=1.0)
     scope: Scope = "sequence"
     seed: int = 0
-    arguments: dict[str, Any] = {}
-
-    @field_validator("arguments")
-    @classmethod
-    def _ours(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        if ours := {"output_dir", "seed", "data_seed", "remove_unused_columns", "label_names"} & set(arguments):
-            raise ValueError(f"{', '.join(sorted(ours))}: set by rho (the folder, and `seed`), leave it out")
-        return arguments
+    arguments: Arguments = {}
 
     @property
     def selector(self) -> Selector:
@@ -336,12 +349,8 @@ def train(
 def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     """`TrainingArguments` from a config: ours, then the user's; an unknown name is an error."""
     try:
-        return TrainingArguments(
-            **{**DEFAULT_ARGUMENTS, **config.arguments},
-            output_dir=str(folder),
-            seed=config.seed,
-            disable_tqdm=True,
-        )
+        arguments = {**DEFAULT_ARGUMENTS, **config.arguments}
+        return TrainingArguments(**arguments, output_dir=str(folder), seed=config.seed, disable_tqdm=True)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"arguments: {error}. They are fields of transformers.TrainingArguments.") from error
 
@@ -383,7 +392,8 @@ def _fit(trainer: SelectiveTrainer, folder: Path, step_tokens: int) -> None:
     steps = folder / "steps.jsonl"
     if steps.is_file():  # what was logged after that checkpoint is done again
         kept = [line for line in steps.read_text().splitlines() if _step_of(line) <= step]
-        steps.write_text("".join(line + "\n" for line in kept))
+        with atomic_write(steps) as file:
+            file.writelines(f"{line}\n".encode() for line in kept)
     if last:
         say(f"train {folder.name}: going on from step {step}")
     args = trainer.args
@@ -393,12 +403,21 @@ def _fit(trainer: SelectiveTrainer, folder: Path, step_tokens: int) -> None:
         total = math.ceil(per_epoch * args.num_train_epochs)
     with track(f"train {folder.name}", total * step_tokens, step * step_tokens) as advance:
         trainer.add_callback(_Progress(advance, step_tokens))
-        trainer.train(resume_from_checkpoint=last)
+        with suppress(_AlreadyFinished):
+            trainer.train(resume_from_checkpoint=last)
+
+
+class _AlreadyFinished(Exception):
+    """The checkpoint that was loaded is that of the last step: `Trainer` would take one step more."""
 
 
 class _Progress(TrainerCallback):
     def __init__(self, advance: Callable[[int], None], step_tokens: int) -> None:
         self.advance, self.step_tokens = advance, step_tokens
+
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _AlreadyFinished
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.advance(self.step_tokens)

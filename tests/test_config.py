@@ -1,0 +1,177 @@
+"""The configuration of a run: typed, closed, and every problem named by its key."""
+
+import copy
+
+import pytest
+import yaml
+
+from rho.config import assignments, load_config
+from rho.errors import ConfigError
+from rho.pipeline import DEMO, write_yaml
+
+TREE = {
+    "name": "toy",
+    "tokenizer": {"vocab_size": 300, "corpora": ["noisy"]},
+    "corpora": {
+        "curated": {"sources": ["curated.jsonl"]},
+        "noisy": {"sources": ["noisy.jsonl"]},
+        "target": {"sources": ["target.jsonl"], "heldout_fraction": 1.0},
+    },
+    "model": {"architecture": {"model_type": "llama"}},
+    "reference": {"corpus": "curated"},
+    "corpus": "noisy",
+    "target": "target",
+    "train": {"arms": {"clm": {}, "slm": {"ratio": 0.6, "arguments": {"max_steps": 7}}}, "arguments": {"max_steps": 5}},
+    "evaluate": {"sets": ["target"]},
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load `TREE` with dotted keys set to other values (or removed: None)."""
+
+    def load_changed(changes: dict | None = None, overrides: tuple[str, ...] = ()):
+        tree = copy.deepcopy(TREE)
+        for key, value in (changes or {}).items():
+            *parents, last = key.split(".")
+            section = tree
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            if value is None:
+                del section[last]
+            else:
+                section[last] = value
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+        return load_config(tmp_path / "run.yaml", overrides)
+
+    return load_changed
+
+
+def test_a_config_is_read_with_its_defaults(load):
+    config = load()
+    assert config.corpora["noisy"].block_length == 1024
+    assert config.train.seeds == [0]
+    assert config.train.arms["clm"].ratio == 1.0
+
+
+def test_an_arms_own_arguments_go_on_top_of_those_of_all(load):
+    train = load().train
+    assert train.arm("clm", 3).arguments == {"max_steps": 5}
+    assert train.arm("slm", 3).arguments == {"max_steps": 7}
+    assert (train.arm("slm", 3).seed, train.arm("slm", 3).ratio) == (3, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpora.noisy.blok_length": 8}, "corpora.noisy.blok_length: Extra inputs are not permitted, found 8"),
+        ({"speed": "fast"}, "speed: Extra inputs are not permitted, found 'fast'"),
+        ({"train.arms.slm.ratoi": 0.5}, "train.arms.slm.ratoi: Extra inputs are not permitted"),
+        ({"corpora.noisy.block_length": "long"}, "corpora.noisy.block_length: Input should be a valid integer"),
+        ({"corpora.noisy.sources": "a.jsonl"}, "corpora.noisy.sources: Input should be a valid list"),
+        ({"train.seeds": ["x"]}, "train.seeds.0: Input should be a valid integer"),
+        ({"model": None}, "model: Field required"),
+        ({"train.arms": {}}, "train.arms: "),
+        ({"train.arms.slm.score": "best"}, "train.arms.slm.score: Input should be 'excess'"),
+        ({"train.arms.slm.arguments": {"seed": 3}}, "train.arms.slm.arguments: Value error, seed: set by rho"),
+        ({"reference.arguments": {"seed": 3}}, "reference.arguments: Value error, seed: set by rho"),
+        ({"train.arguments": {"max_stepz": 3}}, "train.arguments: Value error, max_stepz: no field of transformers"),
+        ({"train.arguments": {"max_steps": "many"}}, "max_steps: Input should be a valid integer"),
+        ({"corpus": "nosy"}, "corpus: no corpus 'nosy'; corpora: curated, noisy, target"),
+        ({"target": "aim"}, "target: no corpus 'aim'"),
+        ({"reference.corpus": "books"}, "reference.corpus: no corpus 'books'"),
+        ({"tokenizer.corpora": ["all"]}, "tokenizer.corpora: no corpus 'all'"),
+        ({"evaluate.explore": "page"}, "evaluate.explore: no corpus 'page'"),
+        ({"evaluate.sets": ["noisy"]}, "evaluate.sets: the target 'target' must be among them"),
+        ({"tokenizer": {"vocab_size": 300}}, "'corpora': name the corpora"),
+        ({"tokenizer.path": "gpt2"}, "give either 'path' (a tokenizer to load) or 'vocab_size'"),
+        ({"reference.path": "model"}, "give either 'corpus' (train the reference on it) or 'path'"),
+        ({"model.path": "gpt2"}, "give either 'path' (a model to load) or 'architecture'"),
+        ({"name": "../up"}, "name: String should match pattern"),
+    ],
+)
+def test_a_setting_that_can_not_be_used_is_named(load, tmp_path, changes, message):
+    with pytest.raises(ConfigError) as caught:
+        load(changes)
+    assert message in str(caught.value)
+    assert str(tmp_path / "run.yaml") in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_a_number_that_yaml_takes_for_text_is_read_as_a_number(load):
+    arguments = load(overrides=("train.arguments.learning_rate=1e-3",)).train.arguments
+    assert arguments["learning_rate"] == 0.001
+
+
+@pytest.mark.parametrize("ratio", [0, 1.5, -0.1, float("nan"), float("inf"), "half"])
+def test_a_ratio_outside_zero_to_one_is_refused(load, ratio):
+    with pytest.raises(ConfigError, match=rf"train\.arms\.slm\.ratio: .*found '?{ratio}"):
+        load({"train.arms.slm.ratio": ratio})
+
+
+def test_all_problems_are_told_at_once(load):
+    with pytest.raises(ConfigError, match=r"3 setting\(s\) can't be used"):
+        load({"speed": 1, "train.arms.slm.ratio": 2, "corpora.noisy.block_length": 1})
+
+
+def test_a_setting_can_be_overridden(load):
+    overrides = ("train.arms.slm.ratio=0.3", "train.seeds=[1, 2]", "corpora.noisy.max_tokens=100", "name=other")
+    config = load(overrides=overrides)
+    assert (config.train.arms["slm"].ratio, config.train.seeds, config.name) == (0.3, [1, 2], "other")
+    assert config.corpora["noisy"].max_tokens == 100
+
+
+def test_an_override_of_an_unknown_setting_is_named(load):
+    with pytest.raises(ConfigError, match=r"train\.spede: Extra inputs"):
+        load(overrides=("train.spede=1",))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.seeds", "expected name=value"),
+        ("name.first=x", "'name' is not a section"),
+        ("train.seeds=[1", "the value is not YAML"),
+    ],
+)
+def test_an_override_that_can_not_be_understood_is_shown(load, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load(overrides=(override,))
+    assert f"--set {override}" in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a\n- b\n", "expected a mapping of settings, found list"),
+        (b"", "expected a mapping of settings, found NoneType"),
+        (b"hello", "expected a mapping of settings, found str"),
+        (b"a: [1", "not readable as YAML"),
+        (b"\xff\xfe\x00", "not readable as YAML"),
+    ],
+)
+def test_a_file_that_is_no_config_is_an_error(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_a_missing_config_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such config file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_resolved_config_reads_back_the_same(load, tmp_path):
+    config = load()
+    write_yaml(tmp_path / "resolved.yaml", config.model_dump(exclude_defaults=True))
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_the_demo_is_a_valid_config():
+    assert set(load_config(DEMO).train.arms) == {"clm", "slm", "random"}
+
+
+def test_assignments_make_a_tree_of_yaml_values():
+    assert assignments(["a=1", "b.c=1.0e-3", "b.d=[x]", "e=no"]) == {"a": 1, "b": {"c": 0.001, "d": ["x"]}, "e": False}

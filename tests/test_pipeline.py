@@ -1,0 +1,168 @@
+"""A whole run, end to end: its report, freshness, one more arm, and interruption in every stage."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import example_records, write_jsonl
+from rho import cli, corpus, evaluate, pipeline, score, tokenizer, train
+from rho.config import load_config
+from rho.runs import read_manifest
+
+ARMS = {"clm": {}, "slm": {"ratio": 0.6}, "random": {"ratio": 0.6, "score": "random"}}
+STEPS = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory, architecture) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    sources = {
+        name: str(write_jsonl(folder / f"{name}.jsonl", example_records(number, seed)))
+        for seed, (name, number) in enumerate({"curated": 30, "noisy": 60, "target": 10}.items())
+    }
+    tree = {
+        "name": "toy",
+        "tokenizer": {"vocab_size": 300, "corpora": ["curated", "noisy"]},
+        "corpora": {
+            "curated": {"sources": [sources["curated"]], "block_length": 16},
+            "noisy": {"sources": [sources["noisy"]], "block_length": 16, "heldout_fraction": 0.2, "shard_blocks": 60},
+            "target": {"sources": [sources["target"]], "block_length": 16, "heldout_fraction": 1.0},
+        },
+        "model": {"architecture": architecture},
+        "reference": {"corpus": "curated", "arguments": STEPS},
+        "corpus": "noisy",
+        "target": "target",
+        "train": {"arms": ARMS, "seeds": [0, 1], "arguments": STEPS},
+        "evaluate": {"sets": ["target", "noisy"], "explore": "noisy"},
+    }
+    (folder / "toy.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "toy.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(config_file) -> Path:
+    """The run directory of a run without any trouble."""
+    folder = config_file.parent / "run"
+    pipeline.run(load_config(config_file), folder)
+    return folder
+
+
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_a_run_has_every_stage_and_ends_in_a_report(finished):
+    arms = [f"{arm}-seed{seed}" for arm in ARMS for seed in (0, 1)]
+    stages = ["tokenizer", *(f"corpus/{name}" for name in ("curated", "noisy", "target")), "reference"]
+    stages += ["scores/reference", *(f"train/{arm}" for arm in arms)]
+    stages += ["evaluate/reference", *(f"evaluate/{arm}" for arm in arms)]
+    for stage in stages:
+        assert read_manifest(finished / stage).status == "complete"
+    page = (finished / "report" / "index.html").read_text()
+    assert all(arm in page for arm in ARMS)
+    assert json.loads((finished / "report" / "summary.json").read_text())
+    assert load_config(finished / "config.yaml").name == "toy"
+
+
+def test_every_checkpoint_of_every_arm_is_evaluated_on_every_set(finished):
+    for arm in ARMS:
+        lines = (finished / "evaluate" / f"{arm}-seed1" / "losses.jsonl").read_text().splitlines()
+        found = [(row["arm"], row["seed"], row["step"], row["set"]) for row in map(json.loads, lines)]
+        assert found == [(arm, 1, step, name) for step in (2, 4) for name in ("target", "noisy")]
+
+
+def test_seeds_and_arms_give_different_models(finished):
+    models = {p.read_bytes() for p in (finished / "train").glob("*/model/model.safetensors")}
+    assert len(models) == 6
+
+
+def test_a_second_run_says_that_all_is_fresh_and_changes_no_file(finished, config_file, monkeypatch, capsys):
+    before = state(finished)
+    monkeypatch.setattr(sys, "argv", ["rho", "run", str(config_file), "--out", str(finished)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    shown = capsys.readouterr()
+    assert exit_.value.code in (0, None)
+    assert f"every stage in {finished} is fresh: nothing to do" in shown.err
+    assert shown.err.count(": fresh\n") == len(list(finished.rglob("manifest.json"))) - 1  # all but the report
+    assert "done" not in shown.err
+    assert state(finished) == before
+
+
+class Interrupt:
+    """Raise KeyboardInterrupt, once, at the call number `at` of a function."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.calls, self.done = at, 0, False
+
+    def __call__(self, function):
+        def wrapped(*arguments, **options):
+            self.calls += 1
+            if self.calls == self.at and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        return wrapped
+
+
+INTERRUPTED = [  # where, what, at which call
+    (tokenizer.Tokenizer, "save", 1),
+    (corpus, "write_shard", 2),
+    (train.SelectiveTrainer, "training_step", 3),  # the reference's: between its checkpoints
+    (train, "save_model", 1),
+    (score, "write_shard", 2),
+    (train.SelectiveTrainer, "training_step", 4),  # an arm's
+    (train.SelectiveTrainer, "_save_checkpoint", 1),
+    (train, "save_model", 1),
+    (evaluate, "mean_loss", 3),
+    (evaluate, "_write_tokens", 1),
+    (pipeline, "write_report", 1),
+]
+
+
+def test_a_run_interrupted_in_every_stage_ends_like_one_that_was_not(finished, config_file, monkeypatch, capsys):
+    folder = config_file.parent / "interrupted"
+    config = load_config(config_file, ["train.seeds=[0]", "evaluate.token_blocks=2"])
+    for place, name, at in INTERRUPTED:
+        interrupt = Interrupt(at)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, interrupt(getattr(place, name)))
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run(config, folder)
+        assert interrupt.done
+    pipeline.run(config, folder)
+    assert "going on from step 2" in capsys.readouterr().err
+    compared = 0
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".parquet", ".safetensors") and path.name != "tokens.parquet":
+            assert path.read_bytes() == (finished / path.relative_to(folder)).read_bytes(), path
+            compared += 1
+    assert compared > 10
+    for arm in ARMS:
+        for name in ("steps.jsonl", "losses.jsonl"):
+            stage = "train" if name == "steps.jsonl" else "evaluate"
+            rows = [
+                [json.loads(line) for line in (run / stage / f"{arm}-seed0" / name).read_text().splitlines()]
+                for run in (folder, finished)
+            ]
+            for row in rows[0] + rows[1]:
+                for key in ("model", "tokens_per_second", "seconds"):
+                    row.pop(key, None)
+            assert rows[0] == rows[1]
+
+
+def test_one_more_arm_trains_that_arm_only(finished, config_file):
+    before = state(finished)
+    more = ["train.arms.slm30.ratio=0.3", "train.seeds=[0, 1]"]
+    pipeline.run(load_config(config_file, more), finished)
+    after = state(finished)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert {name.split("/")[0] for name in changed} == {"train", "evaluate", "report", "config.yaml"}
+    assert all("/slm30-seed" in name for name in changed if name.startswith(("train/", "evaluate/")))
+    assert before.keys() <= after.keys()
+    assert "slm30" in (finished / "report" / "index.html").read_text()
