@@ -6,16 +6,32 @@ Heavy modules are imported inside the commands, so that `rho --help` answers at 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from rho.errors import ConfigError, RhoError
 from rho.progress import say
 
+
+class _Commands(TyperGroup):
+    """The subcommands; what a user causes ends in a message and an exit code, never in a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RhoError as error:
+            say(f"error: {error}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            say("interrupted. Nothing finished is lost: run the same command again to go on.")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -203,14 +219,7 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Run directory.")]) -
 
 
 def main() -> None:
-    """Run the command line; a user's error is printed without a traceback."""
+    """Run the command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        app()
-    except RhoError as error:
-        say(f"error: {error}")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        say("interrupted. Nothing finished is lost: run the same command again to go on.")
-        sys.exit(130)
+    app()

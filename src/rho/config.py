@@ -15,7 +15,7 @@ from rho.errors import ConfigError
 from rho.evaluate import EvaluateConfig
 from rho.models import ModelConfig
 from rho.score import ScoreConfig
-from rho.train import TrainConfig
+from rho.train import Arguments, TrainConfig
 
 
 class _Section(BaseModel):
@@ -49,7 +49,7 @@ class ReferenceSection(_Section):
     corpus: str | None = None
     path: str | None = None
     seed: int = 0
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
 
     @model_validator(mode="after")
     def _one_of(self) -> ReferenceSection:
@@ -66,7 +66,7 @@ class TrainSection(_Section):
 
     arms: dict[str, TrainConfig] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
     allow_weak_reference: bool = False
 
     def arm(self, name: str, seed: int) -> TrainConfig:

@@ -36,6 +36,7 @@ BATCH_CHARACTERS = 1 << 18  # text tokenized at once
 SPLITS = ("train", "validation")
 TOKEN_COLUMNS = ("input_ids", "document", "num_bytes", "label")
 NO_LABEL = -1
+MAX_LABELS = 127  # int8
 NOTHING_YET = {"documents": 0, "empty_documents": 0, "tokens": 0, "bytes": 0, "blocks": 0, "dropped_tokens": 0}
 
 
@@ -144,7 +145,7 @@ class _Build:
     def run(self, tokenizer: Tokenizer) -> None:
         """Read, tokenize and pack everything that is left, committing shard after shard."""
         with track(f"corpus {self.stage.folder.name}", self.config.max_tokens, self.tokens()) as advance:
-            for last_record, batch in self.batches():
+            for last_record, batch in () if self.full() else self.batches():
                 before = self.tokens()
                 for document, (ids, ends) in zip(batch, tokenizer.encode([d.text for d in batch]), strict=True):
                     if not self.full():
@@ -215,13 +216,16 @@ class _Build:
 
     def token_labels(self, document: Document, ends: np.ndarray) -> np.ndarray:
         """The label of each token: that of the span which holds its last character."""
-        if not document.spans:
+        spans = [span for span in document.spans or () if span[1] > span[0]]
+        if not spans:
             return np.full(len(ends), NO_LABEL, np.int32)
-        for _, _, label in document.spans:
+        for _, _, label in spans:
             if label not in self.labels:
                 self.labels.append(label)
-        spans = sorted((start, end, self.labels.index(label)) for start, end, label in document.spans if end > start)
-        starts, stops, names = (np.array(column) for column in zip(*spans, strict=True))
+        if len(self.labels) > MAX_LABELS:
+            raise DataError(f"{document.where}: expected at most {MAX_LABELS} different span labels, found more.")
+        ordered = sorted((start, end, self.labels.index(label)) for start, end, label in spans)
+        starts, stops, names = (np.array(column) for column in zip(*ordered, strict=True))
         last = ends - 1
         span = np.searchsorted(starts, last, side="right") - 1
         return np.where((span >= 0) & (last < stops[span]), names[span], NO_LABEL).astype(np.int32)

@@ -7,11 +7,13 @@ knows it continues the same work, and when it ends (`"complete"`), after every o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from rho.errors import ConfigError, DataError, MismatchError, RhoError
 from rho.progress import say
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 FORMAT = 1
 MADE_FROM = ("stage", "config", "inputs")
 
@@ -133,7 +136,7 @@ def _load(folder: Path) -> Manifest | None:
         if version != FORMAT:
             raise DataError(f"{path}: written in format {version}, this version of rho reads format {FORMAT}.")
         manifest = Manifest(**value)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: damaged manifest ({error}). Restore it or remove the folder and rerun.") from error
     if manifest.fingerprint != fingerprint:
         raise DataError(f"{path}: the content does not match its own fingerprint. Restore it or remove the folder.")
@@ -197,33 +200,60 @@ def open_stage(
 
     Raises:
         MismatchError: the folder was made from another config or other inputs; the first differing key is named.
-        RhoError: another process works in the folder.
+        RhoError: another process works in the folder, or the disk is full.
     """
     folder = Path(folder)
     asked = Manifest(stage, json.loads(json.dumps(config)), dict(inputs))
+    lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RhoError(f"{folder}: the output folder can't be made ({error.strerror}).") from error
-    lock = FileLock(folder / ".lock")
-    try:
         lock.acquire(timeout=0)
     except Timeout:
         raise RhoError(
             f"{folder}: another rho process is writing here. Wait for it or choose another folder."
         ) from None
+    except OSError as error:
+        raise RhoError(f"{folder}: the output folder can't be made ({error.strerror}).") from error
     try:
-        check_made_from(folder, asked)
-        found = _load(folder)
-        fresh = found is not None and found.status == "complete" and _outputs_present(folder, found)
-        if found is None:
-            found = asked
-            found.write(folder)
-        if fresh:
-            say(f"{stage} {folder}: fresh")
-        yield Stage(folder, found, fresh)
+        yield _enter(folder, asked)
+    except Exception as error:
+        if _is_disk_full(folder, error):  # reported by a library that writes files of its own
+            raise RhoError(
+                f"{folder}: the disk is full ({error}). What was finished is kept: free some space, then run the "
+                "same command again to go on."
+            ) from error
+        raise
     finally:
         lock.release()
+
+
+def _enter(folder: Path, asked: Manifest) -> Stage:
+    found = _load(folder)
+    if found is None or _nothing_made(folder, found):
+        _check_empty(folder)
+        asked.write(folder)
+        return Stage(folder, asked, fresh=False)
+    _check_made_from(folder, asked, found)
+    missing = _missing_outputs(folder, found)
+    fresh = found.status == "complete" and not missing
+    if fresh:
+        say(f"{found.stage} {folder}: fresh")
+    else:
+        found.status = "running"
+        for name in missing:
+            del found.outputs[name]
+    return Stage(folder, found, fresh)
+
+
+def _nothing_made(folder: Path, found: Manifest) -> bool:
+    """Whether a run failed before its first file: a corrected command may start in the same folder."""
+    return found.status == "running" and {path.name for path in folder.iterdir()} <= {MANIFEST, LOCK}
+
+
+def _is_disk_full(folder: Path, error: Exception) -> bool:
+    """By error number, by the words of a library in another language, or (torch has neither) by the space left."""
+    told = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+    return not isinstance(error, RhoError) and (told or shutil.disk_usage(folder).free < 2**20)
 
 
 def is_made_from(folder: Path, asked: Manifest) -> bool:
@@ -232,20 +262,17 @@ def is_made_from(folder: Path, asked: Manifest) -> bool:
     return found is not None and all(getattr(found, what) == getattr(asked, what) for what in MADE_FROM)
 
 
-def check_made_from(folder: Path, asked: Manifest) -> None:
-    """Refuse a folder that another stage, config or set of inputs made, naming the first difference."""
-    found = _load(folder)
-    if found is None:
-        strangers = (
-            sorted(p.name for p in folder.glob("*") if p.is_file() and not p.name.startswith("."))
-            if folder.is_dir()
-            else []
+def _check_empty(folder: Path) -> None:
+    """Refuse to start a stage among files that are not its own."""
+    strangers = sorted(p.name for p in folder.iterdir() if p.name != MANIFEST and not p.name.startswith("."))
+    if strangers:
+        raise ConfigError(
+            f"{folder}: holds files that rho did not write ({', '.join(strangers[:3])}). Choose an empty folder."
         )
-        if strangers:
-            raise ConfigError(
-                f"{folder}: holds files that rho did not write ({', '.join(strangers[:3])}). Choose an empty folder."
-            )
-        return
+
+
+def _check_made_from(folder: Path, asked: Manifest, found: Manifest) -> None:
+    """Refuse a folder that another stage, config or set of inputs made, naming the first difference."""
     for what in MADE_FROM:
         difference = first_difference({what: getattr(asked, what)}, {what: getattr(found, what)})
         if difference is not None:
@@ -255,13 +282,14 @@ def check_made_from(folder: Path, asked: Manifest) -> None:
             )
 
 
-def _outputs_present(folder: Path, manifest: Manifest) -> bool:
-    """Whether every output exists with its recorded size (contents are checked where they are read)."""
-    for name, output in manifest.outputs.items():
+def _missing_outputs(folder: Path, manifest: Manifest) -> list[str]:
+    """Outputs that don't exist with their recorded size (contents are checked where they are read)."""
+
+    def present(name: str) -> bool:
         path = folder / name
-        if not path.is_file() or path.stat().st_size != output["bytes"]:
-            return False
-    return True
+        return path.is_file() and path.stat().st_size == manifest.outputs[name]["bytes"]
+
+    return [name for name in manifest.outputs if not present(name)]
 
 
 def environment() -> dict[str, str]:

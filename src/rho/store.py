@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rho.errors import DataError, MismatchError
-from rho.runs import Manifest, atomic_write, read_manifest
+from rho.runs import MANIFEST, Manifest, atomic_write, hash_file, read_manifest
 
 ROW_GROUP = 32  # blocks decoded together: small enough for random access, large enough to compress
 OPEN_SHARDS = 64  # files one process keeps open
@@ -88,11 +88,22 @@ class Shards:
 def _open(path: str, sha256: str, process: int) -> pq.ParquetFile:
     """One open file a path and process (a file handle must not be shared across a fork)."""
     try:
+        _verify(path, sha256)
         return pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
-        raise DataError(f"{path}: this shard is missing. Restore it, or remove it from the run and rerun.") from None
+        raise DataError(f"{path}: this shard is missing. Restore it, or run its stage again.") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: damaged shard ({error}). Restore it or make it anew.") from error
+
+
+@cache
+def _verify(path: str, sha256: str) -> None:
+    """Check a whole shard, once a process: page checksums leave out the footer."""
+    if hash_file(Path(path)) != sha256:
+        raise DataError(
+            f"{path}: damaged shard (its SHA-256 is not the one in {MANIFEST}). "
+            "Restore it, or remove it and run its stage again."
+        )
 
 
 @lru_cache(maxsize=256)

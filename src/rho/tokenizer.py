@@ -58,9 +58,10 @@ class Tokenizer:
             if backend.token_to_id(token) is not None:
                 backend.add_special_tokens([token])  # it keeps its id; saving would do so too
                 return cls(backend, token)
+        known_eos = ", ".join(KNOWN_EOS)
         raise ConfigError(
-            f"{path}: no end-of-document token: {eos or 'none of ' + ', '.join(KNOWN_EOS)} is in its vocabulary. "
-            "Name it with --eos."
+            f"{path}: no end-of-document token: its vocabulary has {f'no {eos}' if eos else 'none of ' + known_eos}. "
+            "Name one that it has with --eos."
         )
 
     @property
