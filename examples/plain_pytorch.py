@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rho.corpus import Corpus
+from rho.data import TrainingBlocks
 from rho.objective import IGNORE_INDEX, excess_loss, select_top, slm_loss, token_loss
 from rho.store import ScoreStore
-from rho.train import TrainingBlocks
 
 RATIO = 0.6
 

@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from rho.corpus import Corpus
+from rho.data import TrainingBlocks, collate
 from rho.models import ModelConfig, make_model
 from rho.selection import Selector
 from rho.store import ScoreStore
-from rho.train import SelectiveTrainer, TrainingBlocks, collate
+from rho.trainer import SelectiveTrainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

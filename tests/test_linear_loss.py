@@ -41,7 +41,7 @@ def test_sum_and_gradients_equal_autograd_on_the_formula(rows: int, vocab: int, 
     bias = torch.randn(vocab, dtype=torch.float64, requires_grad=True)
     slow = torch.nn.functional.cross_entropy(hidden @ weight.T + bias, labels, reduction="sum")
     expected = torch.autograd.grad(3.0 * slow, (hidden, weight, bias))
-    fast, per_token = linear_loss_sum(hidden, weight, labels, bias, chunk)
+    fast, per_token = linear_loss_sum(hidden, weight, labels, bias, chunk=chunk)
     found = torch.autograd.grad(3.0 * fast, (hidden, weight, bias))
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(per_token.sum(), slow, rtol=1e-10, atol=1e-10)
@@ -51,7 +51,7 @@ def test_sum_and_gradients_equal_autograd_on_the_formula(rows: int, vocab: int, 
 
 def test_gradcheck_passes() -> None:
     hidden, weight, labels = case(5, 6, 3)
-    assert torch.autograd.gradcheck(lambda h, w: linear_loss_sum(h, w, labels, None, 2)[0], (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: linear_loss_sum(h, w, labels, chunk=2)[0], (hidden, weight))
 
 
 def test_a_frozen_head_gets_no_gradient() -> None:

@@ -56,9 +56,7 @@ def test_intersection_and_union_are_of_two_selections_with_their_own_ratios() ->
     low_loss, low_entropy = Selector("ref_loss", 0.5, "batch"), Selector("ref_entropy", 0.3, "batch")
     # Both need both columns, so they share what is eligible.
     eligible = LABELS.ne(-100) & REF.isfinite()
-    masks = [
-        s.select([s.scores(None, COLUMNS, BLOCK, 8, 0)], eligible) for s in (low_loss, low_entropy)
-    ]
+    masks = [s.select([s.scores(None, COLUMNS, BLOCK, 8, 0)], eligible) for s in (low_loss, low_entropy)]
     for combine, expected in (("intersection", masks[0] & masks[1]), ("union", masks[0] | masks[1])):
         both = Selector("ref_loss", 0.5, "batch", second=low_entropy, combine=combine)  # type: ignore[arg-type]
         assert torch.equal(pick(both), expected)
@@ -153,9 +151,7 @@ def test_random_selection_is_fair_over_positions_and_steps() -> None:
 
 # --- scope step --------------------------------------------------------------------------------------------------
 
-tokens = st.lists(
-    st.tuples(st.sampled_from([-1.0, 0.0, 0.5, 0.5, 2.0, 3.0]), st.booleans()), min_size=8, max_size=8
-)
+tokens = st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 0.5, 0.5, 2.0, 3.0]), st.booleans()), min_size=8, max_size=8)
 
 
 def slow_step(rows: list[list[tuple[float, bool]]], ratio: float) -> list[list[bool]]:
@@ -166,7 +162,11 @@ def slow_step(rows: list[list[tuple[float, bool]]], ratio: float) -> list[list[b
 
 
 @settings(max_examples=1000, deadline=None)
-@given(st.lists(tokens, min_size=8, max_size=8), st.floats(0.02, 0.99), st.sampled_from([(8, 1), (4, 1), (2, 1), (4, 2), (2, 2)]))
+@given(
+    st.lists(tokens, min_size=8, max_size=8),
+    st.floats(0.02, 0.99),
+    st.sampled_from([(8, 1), (4, 1), (2, 1), (4, 2), (2, 2)]),
+)
 def test_step_scope_is_the_exact_ranking_for_any_cut_into_micro_batches_and_ranks(
     rows: list[list[tuple[float, bool]]], ratio: float, cut: tuple[int, int]
 ) -> None:
@@ -203,7 +203,13 @@ def test_running_scope_selects_from_its_threshold_on() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.lists(st.tuples(st.sampled_from([-2.5, -0.0, 0.0, 1e-30, 0.5, 3.0, 7e4]), st.booleans()), min_size=3, max_size=3), min_size=1, max_size=6),
+    st.lists(
+        st.lists(
+            st.tuples(st.sampled_from([-2.5, -0.0, 0.0, 1e-30, 0.5, 3.0, 7e4]), st.booleans()), min_size=3, max_size=3
+        ),
+        min_size=1,
+        max_size=6,
+    ),
     st.floats(0.02, 1.0),
 )
 def test_the_cut_of_a_data_set_leaves_exactly_the_asked_number_above_it(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +169,29 @@ def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfi
     rows = [corpus.row(block, columns) for block in range(min(config.token_blocks, len(corpus)))]
     inputs = [corpus.inputs(row) for row in rows]
     batch = {name: torch.stack([one[name] for one in inputs]) for name in inputs[0]}
-    loss, ref_loss = score_batch(model, batch)[0].cpu(), score_batch(reference, batch)[0].cpu()
-    eligible = explore.selector.eligible(batch["labels"], ref_loss)
-    selected = explore.selector.select(eligible, loss, ref_loss, torch.arange(len(rows)), entry.step)
+    loss = score_batch(model, batch)[0].cpu()
+    ref_loss, ref_entropy = (values.cpu() for values in score_batch(reference, batch, entropy=True))
+    selected = _selected(explore.selector, entry.step, batch["labels"], loss, ref_loss, ref_entropy)
     excess = excess_loss(loss, ref_loss).masked_fill(batch["labels"] == IGNORE_INDEX, torch.nan)
     tables = [
         _token_table(entry, corpus, row, loss[b], ref_loss[b], excess[b], selected[b]) for b, row in enumerate(rows)
     ]
     with atomic_write(path) as file:
         pq.write_table(pa.concat_tables(tables), file, write_page_checksum=True, compression="zstd")
+
+
+def _selected(
+    selector: Selector, step: int, labels: Tensor, loss: Tensor, ref_loss: Tensor, ref_entropy: Tensor
+) -> Tensor:
+    """What a selection would pick of some rows; scopes wider than these rows are shown as `batch`."""
+    active = selector.at(step)
+    if active.scope not in ("sequence", "batch"):
+        second = replace(active.second, scope="batch") if active.second else None
+        active = replace(active, scope="batch", second=second)
+    columns = {"ref_loss": ref_loss, "ref_entropy": ref_entropy}
+    blocks = torch.arange(len(labels))
+    scores = [part.scores(loss, columns, blocks, labels.shape[1], step) for part in active.parts]
+    return active.select(scores, active.eligible(labels, columns))
 
 
 def _token_table(

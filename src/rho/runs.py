@@ -188,7 +188,11 @@ class Stage:
 
 @contextmanager
 def open_stage(
-    folder: str | os.PathLike[str], stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]
+    folder: str | os.PathLike[str],
+    stage: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    follow: bool = False,
 ) -> Iterator[Stage]:
     """Open `folder` to run `stage` in it: new, to be continued, or `fresh` (complete and made from just this).
 
@@ -197,6 +201,7 @@ def open_stage(
         stage: the stage's name.
         config: every setting that changes the result, as JSON values.
         inputs: name -> content hash of everything read.
+        follow: another process leads this stage: neither lock nor write.
 
     Raises:
         MismatchError: the folder was made from another config or other inputs; the first differing key is named.
@@ -204,6 +209,10 @@ def open_stage(
     """
     folder = Path(folder)
     asked = Manifest(stage, json.loads(json.dumps(config)), dict(inputs))
+    if follow:
+        found = _load(folder)
+        yield Stage(folder, asked, fresh=found is not None and found.status == "complete")
+        return
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)

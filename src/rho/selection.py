@@ -11,8 +11,8 @@ Scopes are the tokens ranked together:
     step       every token of the optimizer step, over all micro-batches and devices: exact and the same for any
                batching; with one micro-batch it costs one all-gather of the scores, with accumulation every micro-batch
                is passed forward twice (losses first, then gradients), unless the score needs no loss
-    running    a threshold tracked from past steps: one pass, nothing gathered but counts; the realised ratio moves around
-               the asked one, and the first step is ranked as `step`
+    running    a threshold tracked from past steps: one pass, nothing gathered but counts; the realised ratio moves
+               around the asked one, and the first step is ranked as `step`
     dataset    all tokens of the corpus, once, for scores that don't need the model
 """
 
@@ -109,8 +109,8 @@ class Selector:
             )
         if self.weighting != "mask" and (self.scope not in ("sequence", "batch") or self.second or self.retention):
             raise ValueError(
-                f"soft weights ({self.weighting}) go with scope sequence or batch, one selection and no retention; found "
-                f"scope {self.scope}"
+                f"soft weights ({self.weighting}) go with scope sequence or batch, one selection and no retention; "
+                f"found scope {self.scope}"
             )
         if self.weighting != "mask" and not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, found {self.temperature}")
@@ -155,7 +155,7 @@ class Selector:
         """
         eligible = labels_BT != IGNORE_INDEX
         for name in self.columns:
-            if columns.get(name) is None:
+            if name not in columns:
                 raise ValueError(
                     f"score '{self.score}' needs the reference's {name}, found none: pass it, or ratio 1.0"
                 )
@@ -341,9 +341,9 @@ def dataset_cut(rows: Callable[[], Iterable[tuple[Tensor, Tensor]]], ratio: floa
         low += torch.bincount(bits[bits >> 16 == top] & 0xFFFF, minlength=1 << 16)
     bottom, above_low = _bucket(low, wanted - above)
     ties = wanted - above - above_low
-    bits = (top << 16) | bottom
+    wanted_bits = (top << 16) | bottom
     for block, (score, eligible) in enumerate(rows()):
-        equal = (eligible & (_ordered_bits(score) == bits)).nonzero().squeeze(-1)
+        equal = (eligible & (_ordered_bits(score) == wanted_bits)).nonzero().squeeze(-1)
         if len(equal) >= ties:
             position = int(equal[ties - 1])
             return Cut(float(score[position]), block, position)

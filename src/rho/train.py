@@ -71,25 +71,6 @@ class References(BaseModel):
     weights: dict[str, float] | None = None
 
 
-def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Each is a field of `TrainingArguments` that rho leaves to the user, with a value of its type."""
-    kinds = get_type_hints(TrainingArguments)
-    checked = {}
-    for name, value in arguments.items():
-        if name in ("output_dir", "seed", "data_seed", "remove_unused_columns", "label_names"):
-            raise ValueError(f"{name}: set by rho (the folder, and `seed`), leave it out")
-        if name not in kinds:
-            raise ValueError(f"{name}: no field of transformers.TrainingArguments")
-        try:
-            checked[name] = TypeAdapter(kinds[name]).validate_python(value)  # YAML reads 1e-3 as a string
-        except ValidationError as error:
-            raise ValueError(f"{name}: {error.errors()[0]['msg']}, found {value!r}") from None
-    return checked
-
-
-Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
-
-
 class TrainConfig(BaseModel):
     """Settings of the train stage.
 

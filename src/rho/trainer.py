@@ -121,13 +121,15 @@ class SelectiveTrainer(Trainer):
         model: a causal language model, or one with LoRA. Its `forward` is replaced as long as the trainer lives; what
             it saves is plain.
         selector: which tokens to train on.
-        train_dataset: rows with input_ids, position_ids, labels, block, and the reference's columns that the score needs.
+        train_dataset: rows with input_ids, position_ids, labels, block, and the reference's columns of the score.
         label_names: names of the token labels in the rows' `label`, for the share of each in the log.
         step_log: JSON lines file with one record a logging step; None for none.
         cut: of scope dataset (`TrainingBlocks.cut`).
         skip_nonfinite: how many steps with a loss or gradient that is not finite are left out before training stops.
         All else is `Trainer`'s.
     """
+
+    control: Any
 
     def __init__(
         self,
@@ -187,7 +189,7 @@ class SelectiveTrainer(Trainer):
         elif active.scope in ("step", "running") and active.selective:
             asked = num_to_select(total, active.ratio)
         else:
-            counts = [active.num_selected(mask) for mask in eligible]
+            counts = [count for mask in eligible if (count := active.num_selected(mask)) is not None]
             asked = self._total(sum(counts, torch.zeros((), dtype=torch.int64)))
         if batches and asked == 0:
             raise DataError(
@@ -246,7 +248,7 @@ class SelectiveTrainer(Trainer):
     def eligible(self, batch: dict[str, Tensor]) -> Tensor:
         """Eligible tokens of a batch; an error if the scores that the selection needs are missing."""
         try:
-            return self.selector.eligible(batch["labels"], {name: batch.get(name) for name in COLUMNS})
+            return self.selector.eligible(batch["labels"], {name: batch[name] for name in COLUMNS if name in batch})
         except ValueError as error:
             raise MismatchError(f"{error}. The training rows have {', '.join(sorted(batch))}.") from error
 
@@ -290,8 +292,8 @@ class SelectiveTrainer(Trainer):
             actual = self._total(step.selected)
             if step.exact and actual != step.asked:
                 raise RhoError(
-                    f"step {self.state.global_step + 1}: {int(actual)} tokens were selected, {int(step.asked)} were to be. "
-                    "Training stopped; please report this."
+                    f"step {self.state.global_step + 1}: {int(actual)} tokens were selected, {int(step.asked)} were "
+                    "to be. Training stopped; please report this."
                 )
             if not step.exact and actual > 0:
                 for parameter in model.parameters():
@@ -306,8 +308,9 @@ class SelectiveTrainer(Trainer):
         if not step.scores or not active.selective:
             return
         own = torch.cat(step.scores)
-        found = own.kthvalue(max(1, len(own) - int(num_to_select(torch.tensor(len(own)), active.ratio)) + 1)).values
-        found = float(self.accelerator.reduce(found.double(), "mean"))
+        wanted = int(num_to_select(torch.tensor(len(own)), active.ratio))
+        lowest = own.kthvalue(min(len(own), len(own) - wanted + 1)).values.double()
+        found = float(self.accelerator.reduce(lowest, "mean"))
         before = self._threshold
         self._threshold = found if before is None else before + FOLLOW * (found - before)
 
