@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -93,8 +94,8 @@ def selective_forward(selector: Selector) -> Callable[..., dict[str, Tensor]]:
 
 
 def rank() -> int:
-    """This process's place among the ranks."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's place among the ranks; before they have met, as their launcher says."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def all_gather(own_N: Tensor) -> list[Tensor]:

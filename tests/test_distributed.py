@@ -1,0 +1,127 @@
+"""The weights do not depend on how an optimizer step is cut into micro-batches and ranks: two real gloo processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distributed_worker import by_fully_shard
+from rho.corpus import Corpus
+from rho.models import ModelConfig
+from rho.store import ScoreStore
+from rho.train import TrainConfig, train
+
+WORKER = Path(__file__).parent / "distributed_worker.py"
+# per-device batch x accumulation x ranks; 8 rows a step
+CUTS = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)]
+
+
+def largest_relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in b)
+
+
+SELECTIONS = {
+    "excess-sequence": {"score": "excess", "scope": "sequence"},
+    "excess-step": {"score": "excess", "scope": "step"},
+    "random-step": {"score": "random", "scope": "step"},
+    "intersection-step": {
+        "score": "excess",
+        "scope": "step",
+        "second": {"score": "ref_entropy", "ratio": 0.7, "scope": "step"},
+    },
+    "entropy-dataset": {"score": "ref_entropy", "scope": "dataset"},
+    "softmax-sequence": {"score": "excess", "scope": "sequence", "weighting": "softmax"},
+    "excess-batch": {"score": "excess", "scope": "batch"},
+    "retention-sequence": {"score": "excess", "scope": "sequence", "retention": 0.3},
+}
+EPOCH = {"num_train_epochs": 1}  # its last step has fewer rows than the others
+STEPS = {"max_steps": 4}
+
+
+def settings(cut: tuple[int, int, int], selection: dict, length: dict) -> dict:
+    size, accumulation, _ = cut
+    arguments = {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": 0.5,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    return {"ratio": 0.6, **selection, "arguments": {**arguments, **length}}
+
+
+def name_of(selection: str, cut: tuple[int, int, int], length: dict) -> str:
+    return "-".join([selection, *map(str, cut), *length])
+
+
+@pytest.fixture(scope="module")
+def weights(
+    corpus: Path, scores: Path, architecture: dict, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, torch.Tensor]]:
+    """Weights of a selection trained with a cut; everything that needs two processes is trained in one launch."""
+    out = tmp_path_factory.mktemp("distributed")
+    base = {"corpus": str(corpus), "scores": str(scores), "architecture": architecture}
+    jobs = []
+    for name, selection in SELECTIONS.items():
+        for cut in CUTS:
+            for length in (STEPS, EPOCH) if name == "excess-step" else (STEPS,):
+                if cut[2] == 2:
+                    config = settings(cut, selection, length)
+                    jobs.append(
+                        {**base, "how": "trainer", "config": config, "out": str(out / name_of(name, cut, length))}
+                    )
+    for scope in ("sequence", "step"):
+        jobs.append({**base, "how": "fully_shard", "scope": scope, "out": str(out / f"sharded-{scope}")})
+    (out / "jobs.json").write_text(json.dumps(jobs))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [*launcher, str(WORKER), str(out / "jobs.json")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, (done.stdout + done.stderr)[:6000]
+
+    def of(selection: str, cut: tuple[int, int, int], length: dict = STEPS) -> dict[str, torch.Tensor]:
+        folder = out / name_of(selection, cut, length)
+        if not folder.exists():
+            config = TrainConfig.model_validate(settings(cut, SELECTIONS[selection], length))
+            train(config, Corpus(corpus), ModelConfig(architecture=architecture), folder, ScoreStore(scores))
+        return load_file(folder / "model" / "model.safetensors")
+
+    of.folder = out  # type: ignore[attr-defined]
+    return of
+
+
+@pytest.mark.parametrize("name", [name for name in SELECTIONS if name != "excess-batch"])
+def test_an_invariant_scope_trains_to_the_same_weights_for_every_cut(name: str, weights: Callable) -> None:
+    for cut in CUTS[1:]:
+        assert largest_relative_difference(weights(name, cut), weights(name, CUTS[0])) < 1e-6, cut
+
+
+def test_a_ragged_last_window_is_no_exception(weights: Callable) -> None:
+    for cut in CUTS[1:]:
+        whole = weights("excess-step", CUTS[0], EPOCH)
+        assert largest_relative_difference(weights("excess-step", cut, EPOCH), whole) < 1e-6, cut
+
+
+def test_scope_batch_is_not_invariant(weights: Callable) -> None:
+    assert largest_relative_difference(weights("excess-batch", CUTS[1]), weights("excess-batch", CUTS[0])) > 1e-5
+
+
+@pytest.mark.parametrize("scope", ["sequence", "step"])
+def test_fully_sharded_ranks_train_to_the_same_weights_as_one_process(
+    scope: str, weights: Callable, corpus: Path, scores: Path, architecture: dict, tmp_path: Path
+) -> None:
+    job = {"corpus": str(corpus), "scores": str(scores), "architecture": architecture, "scope": scope}
+    by_fully_shard({**job, "out": str(tmp_path / "one")})
+    two = load_file(weights.folder / f"sharded-{scope}" / "weights.safetensors")  # type: ignore[attr-defined]
+    assert largest_relative_difference(two, load_file(tmp_path / "one" / "weights.safetensors")) < 1e-6
