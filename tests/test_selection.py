@@ -73,7 +73,7 @@ def test_a_ratio_out_of_range_is_refused_at_once(ratio: float) -> None:
 def test_random_scores_depend_on_seed_draw_and_block_but_not_on_the_batch() -> None:
     both = random_score(torch.tensor([3, 11]), 8, seed=0, draw=5)
     assert torch.equal(both[1:], random_score(torch.tensor([11]), 8, seed=0, draw=5))
-    for other in (dict(seed=1, draw=5), dict(seed=0, draw=6)):
+    for other in ({"seed": 1, "draw": 5}, {"seed": 0, "draw": 6}):
         assert not torch.equal(both, random_score(torch.tensor([3, 11]), 8, **other))
     assert not torch.equal(both[0], both[1])
 
