@@ -49,7 +49,9 @@ def run_demo(folder: Path, seeds: list[int]) -> dict[str, float]:
 
 def weights(folder: Path) -> dict[str, str]:
     """SHA-256 of every model a run trained."""
-    return {str(f.parent.parent.relative_to(folder)): hash_file(f) for f in sorted(folder.glob("**/model/*.safetensors"))}
+    return {
+        str(f.parent.parent.relative_to(folder)): hash_file(f) for f in sorted(folder.glob("**/model/*.safetensors"))
+    }
 
 
 def main() -> None:

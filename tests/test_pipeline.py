@@ -156,6 +156,21 @@ def test_a_run_interrupted_in_every_stage_ends_like_one_that_was_not(finished, c
             assert rows[0] == rows[1]
 
 
+def test_an_arm_that_was_given_up_halfway_does_not_stop_the_others(config_file, monkeypatch):
+    folder = config_file.parent / "given-up"
+    one_seed = ["train.seeds=[0]", "train.arguments.max_steps=2", "reference.arguments.max_steps=2"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        step = train.SelectiveTrainer.training_step
+        patch.setattr(train.SelectiveTrainer, "training_step", Interrupt(4)(step))  # the first arm's second
+        pipeline.run(load_config(config_file, one_seed), folder)
+    config = load_config(config_file, one_seed)
+    rest = config.model_copy(
+        update={"train": config.train.model_copy(update={"arms": {"random": config.train.arms["random"]}})}
+    )
+    assert pipeline.run(rest, folder).is_file()
+    assert read_manifest(folder / "train" / "random-seed0").status == "complete"
+
+
 def test_one_more_arm_trains_that_arm_only(finished, config_file):
     before = state(finished)
     more = ["train.arms.slm30.ratio=0.3", "train.seeds=[0, 1]"]

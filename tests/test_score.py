@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -65,7 +66,7 @@ def test_isolated_documents_score_as_if_each_stood_alone(
     checked = 0
     for ids, positions, found in zip(batch["input_ids"], batch["position_ids"], packed, strict=True):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in itertools.pairwise(starts):
             labels = ids[None, start:stop].clone()
             labels[0, 0] = IGNORE_INDEX
             with torch.no_grad():

@@ -134,14 +134,17 @@ def test_pages_are_checked_at_every_read_not_only_when_the_file_is_opened(tmp_pa
     path = store / "train-0.parquet"
     shards = Shards(store, "train", "toy")
     shards.row(0, ("ids",))  # opened and verified
-    page = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset + 40
-    with path.open("r+b") as file:
-        file.seek(page)
-        byte = file.read(1)[0]
-        file.seek(page)
-        file.write(bytes([byte ^ 1]))
-    with pytest.raises(DataError, match="damaged shard, row group 1"):
-        shards.row(ROW_GROUP, ("ids",))
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    end = chunk.dictionary_page_offset + chunk.total_compressed_size
+    for place in range(end - 24, end):
+        with path.open("r+b") as file:
+            raw = file.read()
+            file.seek(place)
+            file.write(bytes([raw[place] ^ 1]))
+        with pytest.raises(DataError, match="damaged shard, row group 1"):
+            shards.row(ROW_GROUP, ("ids",))
+        path.write_bytes(raw)
+    assert shards.row(ROW_GROUP, ("ids",))["ids"].tolist() == columns(ROWS[0], 0)["ids"][ROW_GROUP].tolist()
 
 
 def test_a_missing_shard_is_named(tmp_path, store):

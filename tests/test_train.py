@@ -262,7 +262,13 @@ def test_a_weak_reference_is_refused_with_both_losses_and_can_be_allowed(
 
 
 def test_a_model_that_scales_its_logits_is_refused() -> None:
-    settings = dict(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    settings = {
+        "vocab_size": 50,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = GraniteForCausalLM(
         GraniteConfig(**settings, num_key_value_heads=2, logits_scaling=8.0, initializer_range=1.0)
     )
@@ -271,7 +277,7 @@ def test_a_model_that_scales_its_logits_is_refused() -> None:
 
 
 def test_an_unknown_training_argument_is_named() -> None:
-    with pytest.raises(ValueError, match="learning_rte: no field of transformers.TrainingArguments"):
+    with pytest.raises(ValueError, match="learning_rte: no field of transformers"):
         config(arguments={"learning_rte": 1.0})
 
 

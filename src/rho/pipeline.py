@@ -15,7 +15,7 @@ from rho.evaluate import Checkpoint, EvaluateConfig, Exploration, checkpoints_of
 from rho.models import ModelConfig
 from rho.progress import say
 from rho.report import write_report
-from rho.runs import MANIFEST, Manifest, atomic_write, is_made_from, read_manifest
+from rho.runs import MANIFEST, Manifest, atomic_write, hash_file, is_made_from
 from rho.score import score_corpus
 from rho.store import ScoreStore
 from rho.tokenizer import Tokenizer, train_tokenizer
@@ -114,7 +114,7 @@ class _Pipeline:
     def report(self) -> Path:
         """The page, made anew if any stage's output is new."""
         page = self.folder / "report" / "index.html"
-        inputs = {str(m.parent.relative_to(self.folder)): read_manifest(m.parent).fingerprint for m in self.manifests()}
+        inputs = {str(path.parent.relative_to(self.folder)): hash_file(path) for path in self.manifests()}
         made = Manifest("report", {"target": self.config.target}, inputs)
         if page.is_file() and is_made_from(page.parent, made):
             say(f"every stage in {self.folder} is fresh: nothing to do. Report: {page}")

@@ -81,7 +81,7 @@ class Run:
 
     @property
     def arms(self) -> list[str]:
-        """The trained arms, those evaluated first, in the order of their files."""
+        """The trained arms, those evaluated first, in the config's order."""
         names = [row.arm for row in self.evaluations] + [arm for arm, _ in self.steps]
         return [name for name in dict.fromkeys(names) if name != REFERENCE]
 
@@ -111,11 +111,14 @@ def read_run(run: Path) -> Run:
         )
     config = run / "config.yaml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    target = _target(config, text, list(evaluated.values()))
+    tree = _tree(text) or {}
+    evaluated = {name: evaluated[name] for name in sorted(evaluated, key=_in_order_of(tree))}
     return Run(
-        name=run.resolve().name,
+        name=str(tree.get("name") or run.resolve().name),
         config=text,
         stages=stages,
-        target=_target(config, text, list(evaluated.values())),
+        target=target,
         evaluations=[
             row for name, made in evaluated.items() for row in _lines(run, name, "losses.jsonl", made, _evaluation)
         ],
@@ -135,15 +138,34 @@ def _stages(run: Path) -> dict[str, Manifest | None]:
     return stages
 
 
+def _tree(config: str) -> dict[str, Any] | None:
+    """The config's settings; None if it is not YAML."""
+    try:
+        tree = yaml.safe_load(config)
+    except yaml.YAMLError:
+        return None
+    return tree if isinstance(tree, dict) else {}
+
+
+def _in_order_of(tree: dict[str, Any]) -> Callable[[str], tuple[int, str]]:
+    """Sorts evaluate folders as the config names the arms: its reader chose that order."""
+    train = tree.get("train")
+    arms = list(train["arms"]) if isinstance(train, dict) and isinstance(train.get("arms"), dict) else []
+
+    def key(folder: str) -> tuple[int, str]:
+        arm = folder.removeprefix("evaluate/").rpartition("-seed")[0]
+        return arms.index(arm) if arm in arms else len(arms), folder
+
+    return key
+
+
 def _target(path: Path, config: str, evaluated: list[Manifest]) -> str:
     """The target set's name: as an evaluate stage noted it, else the config's, else `target`."""
     if noted := [made.facts["target"] for made in evaluated if "target" in made.facts]:
         return str(noted[0])
-    try:
-        tree = yaml.safe_load(config)
-    except yaml.YAMLError as error:
-        raise DataError(f"{path}: is not YAML ({error}). Restore the file that the run wrote.") from error
-    return str(tree.get("target", "target")) if isinstance(tree, dict) else "target"
+    if (tree := _tree(config)) is None:
+        raise DataError(f"{path}: is not YAML. Restore the file that the run wrote.")
+    return str(tree.get("target", "target"))
 
 
 def _steps(run: Path, stages: dict[str, Manifest | None]) -> dict[tuple[str, int], list[Step]]:
