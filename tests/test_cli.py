@@ -18,6 +18,7 @@ from rho import corpus as corpus_module
 from rho.models import ModelConfig, make_model, save_model
 from rho.runs import read_manifest
 from rho.tokenizer import Tokenizer
+from rho.train import TrainConfig
 
 STAGES = ["demo", "run", "tokenizer", "corpus", "reference", "score", "train", "evaluate", "report"]
 GOOD = '{"text": "1234567890123456"}\n'
@@ -274,10 +275,76 @@ def test_selection_without_scores_is_refused(failure, train):
         (["--model", "no/such-model"], "no/such-model: no model could be loaded from here"),
         (["--corpus", "nowhere"], "nowhere: no manifest.json here"),
         (["--scores", "nowhere"], "nowhere: no manifest.json here"),
+        (["--scores", "a", "--scores", "b"], "--scores: expected name=folder, each name once, found a b"),
+        (["--scores", "a=x", "--scores", "a=y"], "--scores: expected name=folder, each name once"),
+        (["--selection", "retention"], "--selection retention: expected name=value"),
+        (["--selection", "retension=1"], "retension: Extra inputs are not permitted"),
+        (["--selection", "schedule.points=[[1, 0.5]]"], "schedule: Value error, a schedule's steps must rise from 0"),
+        (["--selection", "second.ratio=2"], "second.ratio: Input should be less than or equal to 1"),
+        (["--selection", "weighting=soft"], "weighting: Input should be 'mask', 'softmax'"),
+        (["--selection", "temperature=0"], "temperature and clip must be above 0"),
+        (["--selection", "retention=-1"], "retention must be 0 or more"),
+        (["--selection", "references.combine=sum"], "references.combine: Input should be 'mean', 'min', 'max'"),
+        (["--selection", "lora.rank=3"], "lora: "),
+        (["--selection", "early_stopping=0"], "early_stopping: Input should be greater than or equal to 1"),
     ],
 )
 def test_a_wrong_argument_of_train_is_named(failure, train, arguments, message):
     assert message in failure(*train, *arguments)
+
+
+SELECTIONS = {
+    "schedule": ["schedule={points: [[0, 1.0], [1, 0.5]], kind: linear}"],
+    "intersection": ["second={score: ref_entropy, ratio: 0.7}", "combine=intersection"],
+    "softmax": ["weighting=softmax", "temperature=2.0"],
+    "exponential": ["weighting=exponential", "clip=4"],
+    "retention": ["retention=0.1"],
+    "lora": ["lora.r=2", "lora.target_modules=[q_proj]"],
+    "skip": ["skip_nonfinite=2"],
+}
+
+
+@pytest.mark.parametrize("settings", SELECTIONS.values(), ids=SELECTIONS.keys())
+def test_every_setting_of_a_selection_can_be_given(rho, train, scores, tmp_path, settings):
+    options = [word for setting in settings for word in ("--selection", setting)]
+    result = rho(*train, "--scores", scores, "--ratio", 0.6, *options)
+    assert result.code == 0, result.err
+    found = read_manifest(tmp_path / "model").config
+    assert found["ratio"] == 0.6
+    for setting in settings:
+        name = setting.partition("=")[0].partition(".")[0]
+        assert found[name] not in (None, TrainConfig.model_fields[name].default) or name == "combine"
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch", "step", "running", "dataset"])
+def test_every_scope_can_be_asked_for(rho, train, scores, tmp_path, scope):
+    result = rho(*train, "--scores", scores, "--ratio", 0.6, "--scope", scope, "--select", "ref_loss")
+    assert result.code == 0, result.err
+    assert read_manifest(tmp_path / "model").config["scope"] == scope
+
+
+def test_training_stops_early_on_the_target(rho, train, scores, corpus, tmp_path):
+    often = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "learning_rate": 0}
+    often |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    options = [word for name, value in often.items() for word in ("--set", f"{name}={value}")]
+    result = rho(*train, "--target", corpus, "--selection", "early_stopping=2", *options)
+    assert result.code == 0, result.err
+    last = json.loads((tmp_path / "model" / "steps.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3  # the first loss is the best: two more without a better one
+
+
+def test_several_references_are_given_by_name(rho, failure, train, scores, tmp_path):
+    two = ["--scores", f"wanted={scores}", "--scores", f"other={scores}", "--ratio", 0.6]
+    weights = ["--selection", "references={combine: weights, weights: {wanted: 1.5, other: -0.5}}"]
+    assert rho(*train, *two, *weights).code == 0
+    made_from = read_manifest(tmp_path / "model").inputs
+    assert made_from["scores:wanted"] == made_from["scores:other"]
+    assert "weights are for references wanted" in failure(
+        *train, *two, "--selection", "references={combine: weights, weights: {wanted: 1}}", "--out", tmp_path / "other"
+    )
+    assert "references.names: no scores of third, found wanted, other" in failure(
+        *train, *two, "--selection", "references.names=[third]", "--out", tmp_path / "other"
+    )
 
 
 def test_a_stage_folder_of_another_stage_is_refused(failure, train, scores):

@@ -77,7 +77,7 @@ def test_an_arms_own_arguments_go_on_top_of_those_of_all(load):
         ({"reference.arguments": {"seed": 3}}, "reference.arguments: Value error, seed: set by rho"),
         ({"train.arguments": {"max_stepz": 3}}, "train.arguments: Value error, max_stepz: no field of transformers"),
         ({"train.arguments": {"max_steps": "many"}}, "max_steps: Input should be a valid integer"),
-        ({"corpus": "nosy"}, "corpus: no corpus 'nosy'; corpora: curated, noisy, target"),
+        ({"corpus": "nosy"}, "corpus: no corpus 'nosy'; found curated, noisy, target"),
         ({"target": "aim"}, "target: no corpus 'aim'"),
         ({"reference.corpus": "books"}, "reference.corpus: no corpus 'books'"),
         ({"tokenizer.corpora": ["all"]}, "tokenizer.corpora: no corpus 'all'"),
@@ -86,6 +86,22 @@ def test_an_arms_own_arguments_go_on_top_of_those_of_all(load):
         ({"tokenizer": {"vocab_size": 300}}, "'corpora': name the corpora"),
         ({"tokenizer.path": "gpt2"}, "give either 'path' (a tokenizer to load) or 'vocab_size'"),
         ({"reference.path": "model"}, "give either 'corpus' (train the reference on it) or 'path'"),
+        ({"reference.model": {"path": "a"}, "reference.after": "clm"}, "'model' and 'after' (what its training starts"),
+        ({"reference": None}, "references: Field required"),
+        ({"references": {"a": {"corpus": "curated"}}}, "give either 'reference' (one) or 'references'"),
+        ({"reference.after": "cml"}, "references.reference.after: no arm 'cml'; found clm, slm"),
+        ({"reference.after": "slm"}, "references.reference.after: no earlier reference 'reference'; found none"),
+        ({"train.arms.slm.references": {"names": ["b"]}}, "train.arms.slm.references.names: no reference 'b'"),
+        ({"train.arms.slm.references": {"weights": {"b": 1}}}, "train.arms.slm.references: Value error, 'weights'"),
+        (
+            {"train.arms.slm.references": {"combine": "weights", "weights": {"b": 1}}},
+            "train.arms.slm.references.weights: name each of reference once",
+        ),
+        ({"train.arms.reference-2": {}}, "train.arms.reference-2: such a name is that of a reference"),
+        ({"train.arms.a/b": {}}, "train.arms.a/b.[key]: String should match pattern"),
+        ({"train.arms.slm.second": {"ratoi": 0.5}}, "train.arms.slm.second.ratoi: Unexpected keyword argument"),
+        ({"train.arms.slm.schedule": {"points": [[1, 0.5]]}}, "schedule: Value error, a schedule's steps must rise"),
+        ({"train.arms.slm.temperature": 0}, "temperature and clip must be above 0, found 0.0"),
         ({"model.path": "gpt2"}, "give either 'path' (a model to load) or 'architecture'"),
         ({"name": "../up"}, "name: String should match pattern"),
     ],
@@ -169,8 +185,33 @@ def test_the_resolved_config_reads_back_the_same(load, tmp_path):
     assert load_config(tmp_path / "resolved.yaml") == config
 
 
-def test_the_demo_is_a_valid_config():
-    assert set(load_config(DEMO).train.arms) == {"clm", "slm", "random"}
+def test_one_reference_is_several_with_one_name(load):
+    one, several = load(), load({"reference": None, "references": {"reference": {"corpus": "curated"}}})
+    assert one == several
+    assert one.references_of("slm") == ["reference"]
+
+
+def test_an_arm_uses_all_references_or_those_it_names(load):
+    two = {"first": {"corpus": "curated"}, "second": {"corpus": "curated", "after": "clm"}}
+    names = {"train.arms.clm.references": {"names": ["first"]}}
+    config = load({"reference": None, "references": two, **names})
+    assert (config.references_of("clm"), config.references_of("slm")) == (["first"], ["first", "second"])
+
+
+def test_an_override_changes_one_of_two_sections_that_yaml_made_the_same(tmp_path):
+    text = yaml.safe_dump({**TREE, "reference": None}).replace(
+        "reference: null", "references: {a: &one {corpus: curated, arguments: {max_steps: 5}}, b: *one}"
+    )
+    (tmp_path / "run.yaml").write_text(text)
+    references = load_config(tmp_path / "run.yaml", ["references.a.arguments.max_steps=7"]).references
+    assert [one.arguments["max_steps"] for one in references.values()] == [7, 5]
+
+
+@pytest.mark.parametrize("recipe", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_is_a_valid_config_of_its_own_name(recipe):
+    config = load_config(recipe)
+    assert config.name == recipe.stem
+    assert "clm" in config.train.arms
 
 
 def test_assignments_make_a_tree_of_yaml_values():

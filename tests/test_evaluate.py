@@ -70,7 +70,7 @@ def test_the_explored_text_holds_every_token_with_both_losses_and_the_selection(
 ) -> None:
     text = Corpus(corpus, "validation")
     make_model(ModelConfig(architecture=architecture), text.vocab_size).save_pretrained(tmp_path / "model")
-    explore = Exploration(text, ModelConfig(path=str(reference)), Selector("excess", 0.5))
+    explore = Exploration(text, {"reference": ModelConfig(path=str(reference))}, Selector("excess", 0.5))
     models = [Checkpoint(str(tmp_path / "model"), "slm", 1, 2)]
     evaluate(EvaluateConfig(token_blocks=2), models, {"a": text}, tmp_path / "out", explore)
     table = pq.read_table(tmp_path / "out" / "tokens.parquet").to_pydict()

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from conftest import example_records, write_jsonl
 from rho import cli, corpus, evaluate, pipeline, score, tokenizer, train
 from rho.config import load_config
+from rho.models import ModelConfig, source_hash
 from rho.runs import read_manifest
 
 ARMS = {"clm": {}, "slm": {"ratio": 0.6}, "random": {"ratio": 0.6, "score": "random"}}
@@ -91,6 +93,78 @@ def test_a_second_run_says_that_all_is_fresh_and_changes_no_file(finished, confi
     assert shown.err.count(": fresh\n") == len(list(finished.rglob("manifest.json"))) - 1  # all but the report
     assert "done" not in shown.err
     assert state(finished) == before
+
+
+def test_references_of_another_size_and_of_a_later_round(finished, config_file):
+    """`small` has a model of its own; `later` starts from what the arm `slm` learned, with `small` as its reference."""
+    tree = yaml.safe_load(config_file.read_text())
+    reference = tree.pop("reference")
+    small = {**tree["model"]["architecture"], "hidden_size": 8, "intermediate_size": 16}
+    tree["references"] = {
+        "small": {**reference, "model": {"architecture": small}},
+        "later": {**reference, "after": "slm"},
+    }
+    weights = {"small": 1.0, "later": -0.5}
+    tree["train"] |= {
+        "seeds": [1],
+        "allow_weak_reference": True,
+        "arms": {
+            "clm": {},
+            "slm": {"ratio": 0.6, "references": {"names": ["small"]}},
+            "mean": {"ratio": 0.6},
+            "difference": {"ratio": 0.6, "references": {"combine": "weights", "weights": weights}},
+        },
+    }
+    file = config_file.parent / "references.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    folder = config_file.parent / "references"
+    pipeline.run(load_config(file), folder)
+    sizes = {name: parameters(folder / f"reference-{name}") for name in tree["references"]}
+    assert sizes["small"] < sizes["later"] == parameters(folder / "train" / "slm-seed1")
+    made_from = {path.parent.name: read_manifest(path.parent) for path in (folder / "train").glob("*/manifest.json")}
+    assert {name for name in made_from["slm-seed1"].inputs if "scores" in name} == {"scores:small"}
+    assert {name for name in made_from["mean-seed1"].inputs if "scores" in name} == {"scores:small", "scores:later"}
+    slm = source_hash(ModelConfig(path=str(folder / "train" / "slm-seed1")))
+    assert read_manifest(folder / "reference-later").inputs["model"] == slm
+    summary = json.loads((folder / "report" / "summary.json").read_text())
+    assert set(summary["references"]) == {"reference-small", "reference-later"}
+    assert summary["reference_loss"] == min(r["final"]["target"]["loss"] for r in summary["references"].values())
+    assert set(summary["arms"]) == {"clm", "slm", "mean", "difference"}
+    before = state(folder)
+    pipeline.run(load_config(file), folder)
+    assert state(folder) == before
+
+
+def parameters(stage: Path) -> int:
+    return sum(weight.numel() for weight in load_file(stage / "model" / "model.safetensors").values())
+
+
+DEMO_DATA = Path(__file__).parents[1] / ".." / "shared" / "data" / "demo"
+
+
+@pytest.mark.skipif(not DEMO_DATA.is_dir(), reason="the recipes' texts (../shared/data/demo) are not here")
+@pytest.mark.parametrize(
+    "name", ["math-demo", "self-reference", "weak-to-strong", "iterated-reference", "selection-rules"]
+)
+def test_a_recipe_runs(tmp_path, monkeypatch, name):
+    """With small models, little text and two steps; that its settings go together is what is seen here."""
+    monkeypatch.chdir(DEMO_DATA.parents[3])
+    tree = yaml.safe_load((pipeline.DEMO.parent / f"{name}.yaml").read_text())
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    steps = {"max_steps": 2, "save_steps": 1, "warmup_steps": 0}
+    for model in (tree["model"], *(one.get("model") for one in tree.get("references", {}).values())):
+        if model is not None:
+            model["architecture"] |= small
+    for section in (*tree.get("references", {}).values(), tree.get("reference", tree["train"]), tree["train"]):
+        section["arguments"] = section["arguments"] | steps
+    for corpus_ in tree["corpora"].values():
+        corpus_["max_tokens"] = 6000
+    tree["train"]["allow_weak_reference"] = True
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    config = load_config(tmp_path / "recipe.yaml")
+    assert pipeline.run(config, tmp_path / "run").is_file()
+    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    assert list(summary["arms"]) == list(config.train.arms)
 
 
 class Interrupt:

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: written whole or not at all, every file hashed, verified before they are resumed.
+"""Checkpoints that can be trusted: written whole or not at all, every file hashed, verified before they are read.
 
 `transformers` writes a checkpoint in place and resumes from a damaged one without a word. Here it is written under a
 temporary name, hashed, synced and renamed; resuming verifies the newest, and falls back to the newest good one.
@@ -11,67 +11,96 @@ import os
 import shutil
 from pathlib import Path
 
+from rho.errors import DataError
 from rho.progress import say
-from rho.runs import atomic_write, hash_file, sync_folder
+from rho.runs import hash_file, hash_json, sync, write_json
 
 HASHES = "hashes.json"
-PARTIAL = ".partial"
+PARTIAL = ".partial"  # folder of what is being written or removed: nothing in it counts
 
 
 def commit(partial: Path, final: Path) -> None:
     """Hash and sync every file of the checkpoint `partial`, then give it its name."""
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    hashes = {}
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        hashes[path.relative_to(partial).as_posix()] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
-    with atomic_write(partial / HASHES) as out:
-        out.write(json.dumps(hashes, indent=1, sort_keys=True).encode())
-    if final.exists():  # damaged, or it would have been resumed from
-        shutil.rmtree(final)
+    files = {}
+    for path in sorted(partial.rglob("*")):
+        sync(path)
+        if path.is_file():
+            name = path.relative_to(partial).as_posix()
+            files[name] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
+    write_json(partial / HASHES, {"files": files, "sha256": hash_json(files)})
     os.replace(partial, final)
-    sync_folder(final.parent)
+    sync(final.parent)
 
 
 def damage(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, a line a file; empty if every file is as it was written."""
+    """What is wrong with a checkpoint, a line a file; empty if every file is as it was written, and no other there."""
     try:
         hashes = json.loads((checkpoint / HASHES).read_bytes())
-        expected = {name: (entry["sha256"], entry["bytes"]) for name, entry in hashes.items()}
-    except FileNotFoundError:
-        return [f"{HASHES}: missing"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return [f"{HASHES}: damaged"]
-    found = []
-    for name, (sha256, size) in expected.items():
-        path = checkpoint / name
-        if not path.is_file():
-            found.append(f"{name}: missing")
-        elif path.stat().st_size != size:
-            found.append(f"{name}: {path.stat().st_size} bytes, {size} were written")
-        elif hash_file(path) != sha256:
-            found.append(f"{name}: content changed")
+        if hashes["sha256"] != hash_json(hashes["files"]):
+            return [f"{HASHES}: content changed"]
+    except OSError as error:
+        return [f"{HASHES}: {error.strerror}"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{HASHES}: content changed"]
+    there = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()} - {HASHES}
+    found = [f"{name}: not part of the checkpoint" for name in sorted(there - hashes["files"].keys())]
+    for name, written in hashes["files"].items():
+        if wrong := _damage_of(checkpoint / name, written["sha256"], written["bytes"]):
+            found.append(f"{name}: {wrong}")
     return found
+
+
+def _damage_of(path: Path, sha256: str, size: int) -> str | None:
+    try:
+        if path.stat().st_size != size:
+            return f"{path.stat().st_size} bytes, {size} were written"
+        return None if hash_file(path) == sha256 else "content changed"
+    except OSError as error:  # missing, or the disk can't read it
+        return error.strerror or str(error)
+
+
+def check(checkpoint: Path) -> None:
+    """Refuse a damaged checkpoint.
+
+    Raises:
+        DataError: names its bad files.
+    """
+    if bad := damage(checkpoint):
+        raise DataError(f"{checkpoint}: damaged checkpoint ({'; '.join(bad)}). Restore these files, or train again.")
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and step_of(p) is not None]
-    return sorted(found, key=lambda path: step_of(path) or 0)
+    found = [
+        path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[len("checkpoint-") :].isdigit()
+    ]
+    return sorted(found, key=step_of)
 
 
-def step_of(checkpoint: Path) -> int | None:
+def step_of(checkpoint: Path) -> int:
     """The optimizer step a checkpoint was made after."""
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else None
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def newest_good(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint; of damaged ones it is said which files are bad."""
-    for checkpoint in reversed(checkpoints(folder)):
+    """The newest undamaged checkpoint, to go on from; damaged ones after it are named and set aside."""
+    found = checkpoints(folder)
+    for checkpoint in reversed(found):
         bad = damage(checkpoint)
         if not bad:
             return checkpoint
-        say(f"{checkpoint}: damaged, not resumed from ({'; '.join(bad)})")
+        aside = folder / f"damaged-{checkpoint.name}"  # kept: a person may still want the weights
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+        say(f"{checkpoint}: damaged ({'; '.join(bad)}), not resumed from, now {aside.name}")
+    if found:
+        say(f"{folder}: every checkpoint is damaged, starting from scratch")
     return None
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a kill halfway leaves none that is damaged."""
+    gone = checkpoint.parent / PARTIAL / checkpoint.name
+    gone.parent.mkdir(exist_ok=True)
+    os.replace(checkpoint, gone)
+    shutil.rmtree(gone)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rho.errors import ConfigError, RhoError
+from rho.errors import ConfigError, RhoError, Stopped
 from rho.progress import say
 
 
@@ -22,6 +22,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except Stopped as stopped:
+            say(str(stopped))
+            raise typer.Exit(0) from None
         except RhoError as error:
             say(f"error: {error}")
             raise typer.Exit(1) from None
@@ -159,11 +162,22 @@ def train(
     corpus: CorpusFolder,
     model: ModelPath,
     out: Out,
-    scores: Annotated[Path | None, typer.Option(help="Folder that `rho score` wrote.")] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder that `rho score` wrote; of several references, name=folder for each."),
+    ] = None,
     target: Target = None,
     ratio: Annotated[float, typer.Option(help="Share of tokens to train on; 1.0 is plain CLM.")] = 1.0,
-    select: Annotated[str, typer.Option(help="What ranks the tokens: excess or random.")] = "excess",
-    scope: Annotated[str, typer.Option(help="Tokens ranked together: sequence or batch.")] = "sequence",
+    select: Annotated[
+        str, typer.Option(help="What ranks the tokens: excess, loss, ref_loss, ref_entropy or random.")
+    ] = "excess",
+    scope: Annotated[
+        str, typer.Option(help="Tokens ranked together: sequence, batch, step, running or dataset.")
+    ] = "sequence",
+    selection: Annotated[
+        list[str] | None,
+        typer.Option(help="key.of.it=value: any other setting of rho.train.TrainConfig, such as retention=0.1."),
+    ] = None,
     seed: Seed = 0,
     allow_weak_reference: Annotated[bool, typer.Option(help="Go on if the reference is no better.")] = False,
     arguments: Arguments = None,
@@ -177,13 +191,14 @@ def train(
     from rho.train import train as stage
 
     settings: dict[str, Any] = {"score": select, "ratio": ratio, "scope": scope, "seed": seed}
-    config = validated(TrainConfig, {**settings, "arguments": assignments(arguments or [])}, "rho train")
+    settings |= {"arguments": assignments(arguments or [])} | assignments(selection or [], "--selection")
+    config = validated(TrainConfig, settings, "rho train")
     stage(
         config,
         Corpus(corpus),
         ModelConfig.parse(model),
         out,
-        ScoreStore(scores) if scores else None,
+        {name: ScoreStore(folder) for name, folder in _named("--scores", scores or [], only="reference").items()},
         Corpus(target, "validation") if target else None,
         allow_weak_reference,
     )
@@ -201,10 +216,7 @@ def evaluate(
     from rho import evaluate as stage
     from rho.corpus import Corpus
 
-    pairs = [pair.partition("=") for pair in held_out]
-    if not all(folder for _, _, folder in pairs):
-        raise ConfigError(f"--held-out: expected name=folder, found {' '.join(held_out)}.")
-    sets = {name: Corpus(folder, "validation") for name, _, folder in pairs}
+    sets = {name: Corpus(folder, "validation") for name, folder in _named("--held-out", held_out).items()}
     entries = [stage.Checkpoint(model) for model in models]
     stage.evaluate(stage.EvaluateConfig(batch_size=batch_size), entries, sets, out)
     print((out / "losses.jsonl").read_text(), end="")
@@ -216,6 +228,16 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Run directory.")]) -
     from rho.report import write_report
 
     print(write_report(run_folder))
+
+
+def _named(option: str, values: list[str], only: str | None = None) -> dict[str, str]:
+    """`["a=x", "b=y"]` as a mapping; a single value without a name gets the name `only`."""
+    if only is not None and len(values) == 1 and "=" not in values[0]:
+        return {only: values[0]}
+    pairs = [value.partition("=") for value in values]
+    if not all(name and folder for name, _, folder in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise ConfigError(f"{option}: expected name=folder, each name once, found {' '.join(values)}.")
+    return {name: folder for name, _, folder in pairs}
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,8 +14,11 @@ from rho.corpus import CorpusConfig
 from rho.errors import ConfigError
 from rho.evaluate import EvaluateConfig
 from rho.models import ModelConfig
+from rho.report.data import REFERENCE, is_reference
 from rho.score import ScoreConfig
 from rho.train import Arguments, TrainConfig
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes part of a folder's name
 
 
 class _Section(BaseModel):
@@ -44,10 +47,16 @@ class TokenizerSection(_Section):
 
 
 class ReferenceSection(_Section):
-    """The reference: `model` trained at ratio 1.0 on the curated corpus, or a finished model at `path`."""
+    """A reference: trained at ratio 1.0 on the curated `corpus`, or a finished model at `path`.
+
+    Its training starts from the run's model, from another `model`, or from the one that the arm `after` has trained
+    (with the first seed).
+    """
 
     corpus: str | None = None
     path: str | None = None
+    model: ModelConfig | None = None
+    after: str | None = None
     seed: int = 0
     arguments: Arguments = {}
 
@@ -55,6 +64,10 @@ class ReferenceSection(_Section):
     def _one_of(self) -> ReferenceSection:
         if (self.path is None) == (self.corpus is None):
             raise ValueError("give either 'corpus' (train the reference on it) or 'path' (a finished model)")
+        if [self.path, self.model, self.after].count(None) < 2:
+            raise ValueError(
+                "give one of 'path' (a finished model), 'model' and 'after' (what its training starts from)"
+            )
         return self
 
 
@@ -64,7 +77,7 @@ class TrainSection(_Section):
     `arguments` holds for every arm; an arm's own `arguments` go on top.
     """
 
-    arms: dict[str, TrainConfig] = Field(min_length=1)
+    arms: dict[Name, TrainConfig] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
     arguments: Arguments = {}
     allow_weak_reference: bool = False
@@ -83,47 +96,81 @@ class EvaluateSection(EvaluateConfig):
 
 
 class RunConfig(_Section):
-    """A run: corpora -> reference -> score -> train -> evaluate -> report.
+    """A run: corpora -> references -> scores -> train -> evaluate -> report.
 
     Attributes:
         name: of the run; its folder is `runs/<name>` unless another is asked for.
         tokenizer: shared by all corpora.
         corpora: every text there is, by name: curated, noisy, held-out.
-        model: what every arm, and the reference, starts from.
-        reference: which corpus it is trained on, and how.
+        model: what every arm, and a reference unless it says otherwise, starts from.
+        references: by name, made in this order; `reference: ...` is short for one of that name. An arm uses all of them
+            unless its `references.names` says which.
         corpus: the noisy corpus that is scored and trained on.
         target: the corpus whose `validation` split is the wanted domain: it judges reference and arms.
         score, train, evaluate: settings of the stages.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     tokenizer: TokenizerSection
     corpora: dict[str, CorpusConfig] = Field(min_length=1)
     model: ModelConfig
-    reference: ReferenceSection
+    references: dict[Name, ReferenceSection] = Field(min_length=1)
     corpus: str
     target: str
     score: ScoreConfig = ScoreConfig()
     train: TrainSection
     evaluate: EvaluateSection
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_reference(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and "reference" in tree:
+            if "references" in tree:
+                raise ValueError("give either 'reference' (one) or 'references' (several by name)")
+            tree = {"references" if key == "reference" else key: value for key, value in tree.items()}
+            tree["references"] = {REFERENCE: tree["references"]}
+        return tree
+
     @model_validator(mode="after")
     def _names_exist(self) -> RunConfig:
+        references = self.references.items()
         named = {
             "corpus": [self.corpus],
             "target": [self.target],
-            "reference.corpus": [self.reference.corpus] if self.reference.corpus else [],
+            **{f"references.{name}.corpus": [one.corpus] for name, one in references if one.corpus},
             "tokenizer.corpora": self.tokenizer.corpora,
             "evaluate.sets": self.evaluate.sets,
             "evaluate.explore": [self.evaluate.explore] if self.evaluate.explore else [],
         }
         for key, names in named.items():
-            for name in names:
-                if name not in self.corpora:
-                    raise ValueError(f"{key}: no corpus '{name}'; corpora: {', '.join(self.corpora)}")
+            _check_known(key, "corpus", names, self.corpora)
         if self.target not in self.evaluate.sets:
             raise ValueError(f"evaluate.sets: the target '{self.target}' must be among them")
+        for arm in self.train.arms:
+            if is_reference(arm):
+                raise ValueError(f"train.arms.{arm}: such a name is that of a reference in the report")
+            names, weights = self.references_of(arm), self.train.arms[arm].references.weights
+            _check_known(f"train.arms.{arm}.references.names", "reference", names, self.references)
+            if weights is not None and set(weights) != set(names):
+                raise ValueError(f"train.arms.{arm}.references.weights: name each of {', '.join(names)} once")
+        for number, (name, reference) in enumerate(references):
+            if reference.after is not None:
+                _check_known(f"references.{name}.after", "arm", [reference.after], self.train.arms)
+                earlier = list(self.references)[:number]
+                _check_known(
+                    f"references.{name}.after", "earlier reference", self.references_of(reference.after), earlier
+                )
         return self
+
+    def references_of(self, arm: str) -> list[str]:
+        """Names of the references that an arm uses."""
+        return self.train.arms[arm].references.names or list(self.references)
+
+
+def _check_known(key: str, what: str, names: Sequence[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{key}: no {what} '{name}'; found {', '.join(known) or 'none'}")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -159,24 +206,26 @@ def validated(kind: type[Any], tree: dict[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: {len(problems)} setting(s) can't be used:\n" + "\n".join(problems)) from None
 
 
-def assignments(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["a=1", "b.c=x"]` as `{"a": 1, "b": {"c": "x"}}`; values are YAML."""
+def assignments(pairs: Sequence[str], option: str = "--set") -> dict[str, Any]:
+    """`["a=1", "b.c=x"]` as `{"a": 1, "b": {"c": "x"}}`; values are YAML. `option` is where they come from."""
     tree: dict[str, Any] = {}
     for pair in pairs:
-        _set(tree, pair)
+        _set(tree, pair, option)
     return tree
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
+def _set(tree: dict[str, Any], override: str, option: str = "--set") -> None:
     key, separator, value = override.partition("=")
     if not separator:
-        raise ConfigError(f"--set {override}: expected name=value.")
+        raise ConfigError(f"{option} {override}: expected name=value.")
     *parents, last = key.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"--set {override}: '{parent}' is not a section.")
+        section = tree.get(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{option} {override}: '{parent}' is not a section.")
+        tree[parent] = dict(section)  # a copy: YAML's `*name` may have put it in several places
+        tree = tree[parent]
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML ({error}).") from error
+        raise ConfigError(f"{option} {override}: the value is not YAML ({error}).") from error

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from rho.corpus import Corpus
-from rho.errors import ConfigError, MismatchError
+from rho.errors import ConfigError, DataError, MismatchError
 from rho.objective import IGNORE_INDEX
 from rho.selection import Cut, Selector, dataset_cut
 from rho.store import ScoreStore
@@ -40,6 +41,8 @@ class TrainingBlocks(Dataset):
         self.stores = {"reference": scores} if isinstance(scores, ScoreStore) else dict(scores or {})
         for store in self.stores.values():
             store.check_corpus(corpus)
+        if weights and combine != "weights":
+            raise ConfigError(f"weights are for combine 'weights', found combine '{combine}'")
         if combine == "weights" and set(weights or {}) != set(self.stores):
             raise ConfigError(
                 f"weights are for references {', '.join(weights or {}) or 'none'}, the scores given are "
@@ -61,24 +64,22 @@ class TrainingBlocks(Dataset):
         """The reference's columns of one block, several references combined, float32."""
         if not self.stores or not self.columns:
             return {}
-        found: dict[str, list[Tensor]] = {column: [] for column in self.columns}
-        for store in self.stores.values():
+        found: dict[str, dict[str, Tensor]] = {column: {} for column in self.columns}
+        for name, store in self.stores.items():
             for column, values in store.row(block, self.columns).items():
                 if len(values) != length:
                     raise MismatchError(
                         f"block {block}: {length} tokens in {self.corpus.folder}, {len(values)} scores in "
                         f"{store.folder}. Score the corpus again."
                     )
-                found[column].append(torch.from_numpy(values.astype("float32")))
-        return {column: self._combined(torch.stack(values)) for column, values in found.items()}
-
-    def _combined(self, values_RT: Tensor) -> Tensor:
-        if self.combine == "weights":
-            weights = torch.tensor([(self.weights or {})[name] for name in self.stores])
-            return (weights[:, None] * values_RT).sum(0)
-        if self.combine == "mean":
-            return values_RT.mean(0)
-        return values_RT.amin(0) if self.combine == "min" else values_RT.amax(0)
+                if np.isinf(values).any():  # NaN says that a token has no score
+                    raise DataError(
+                        f"block {block}: token {int(np.isinf(values).argmax())} has an infinite {column} in "
+                        f"{store.folder / store.locate(block)[0]['file']}. Look at {self.corpus.describe(block)}, or "
+                        "score the corpus again."
+                    )
+                found[column][name] = torch.from_numpy(values.astype("float32"))
+        return {column: combined(values, self.combine, self.weights) for column, values in found.items()}
 
     def cut(self, selector: Selector) -> Cut:
         """Where scope `dataset` divides this corpus."""
@@ -91,6 +92,18 @@ class TrainingBlocks(Dataset):
                 yield selector.scores(None, columns, None, eligible.shape[1], 0)[0], eligible[0]
 
         return dataset_cut(rows, selector.ratio)
+
+
+def combined(
+    values: Mapping[str, Tensor], combine: CombineReferences, weights: Mapping[str, float] | None = None
+) -> Tensor:
+    """One column of several references', by name, as `TrainingBlocks` says."""
+    if combine == "weights":
+        return torch.stack([(weights or {})[name] * value for name, value in values.items()]).sum(0)
+    stacked = torch.stack(list(values.values()))
+    if combine == "mean":
+        return stacked.mean(0)
+    return stacked.amin(0) if combine == "min" else stacked.amax(0)
 
 
 def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

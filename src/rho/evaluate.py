@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rho.checkpoints import check
 from rho.corpus import Corpus
+from rho.data import CombineReferences, combined
 from rho.errors import DataError
 from rho.models import ModelConfig, check_head, device, make_model, source_hash
 from rho.objective import IGNORE_INDEX, excess_loss
@@ -55,16 +57,23 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Exploration:
-    """Text to write out token by token: a held-out set, the reference, and the selection to show."""
+    """Text to write out token by token: a held-out set, the references by name, and the selection to show.
+
+    `combine` and `weights` make one reference of several, as in `rho.data.TrainingBlocks`.
+    """
 
     corpus: Corpus
-    reference: ModelConfig
+    references: Mapping[str, ModelConfig]
     selector: Selector
+    combine: CombineReferences = "mean"
+    weights: Mapping[str, float] | None = None
 
 
 def checkpoints_of(train_folder: str | os.PathLike[str], arm: str) -> list[Checkpoint]:
-    """Every checkpoint of a finished train stage, in order of steps."""
+    """Every checkpoint of a finished train stage, in order of steps; a `DataError` if one is damaged."""
     manifest = read_manifest(train_folder, "train")
+    for checkpoint in manifest.facts["checkpoints"]:
+        check(Path(train_folder) / checkpoint["folder"])
     return [
         Checkpoint(str(Path(train_folder) / c.pop("folder")), arm, manifest.config["seed"], **c)
         for c in map(dict, manifest.facts["checkpoints"])
@@ -90,10 +99,12 @@ def evaluate(
         raise DataError(f"{out}: nothing to evaluate: {len(models)} models, {len(sets)} sets.")
     inputs = {f"model:{m.model}": source_hash(ModelConfig(path=m.model)) for m in models}
     inputs |= {f"set:{name}": corpus.fingerprint for name, corpus in sets.items()}
+    settings = config.model_dump()
     if explore is not None:
-        inputs |= {"explore": explore.corpus.fingerprint, "reference": source_hash(explore.reference)}
-        settings = {**config.model_dump(), "selector": asdict(explore.selector)}
-    with open_stage(out, "evaluate", settings if explore else config.model_dump(), inputs) as stage:
+        inputs |= {"explore": explore.corpus.fingerprint}
+        inputs |= {f"reference:{name}": source_hash(reference) for name, reference in explore.references.items()}
+        settings |= {"selector": asdict(explore.selector), "combine": explore.combine, "weights": explore.weights}
+    with open_stage(out, "evaluate", settings, inputs) as stage:
         if stage.fresh:
             return stage.manifest
         unfinished = stage.folder / ".losses.jsonl"
@@ -164,14 +175,14 @@ def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfi
     """One row a token of the first blocks: what model and reference lose, and whether it would be selected."""
     corpus = explore.corpus
     model = _load(entry, corpus)
-    reference = load_reference(explore.reference, corpus)
-    columns = ("input_ids", "document", "label", "document_id", "source")
-    rows = [corpus.row(block, columns) for block in range(min(config.token_blocks, len(corpus)))]
+    wanted = ("input_ids", "document", "label", "document_id", "source")
+    rows = [corpus.row(block, wanted) for block in range(min(config.token_blocks, len(corpus)))]
     inputs = [corpus.inputs(row) for row in rows]
     batch = {name: torch.stack([one[name] for one in inputs]) for name in inputs[0]}
     loss = score_batch(model, batch)[0].cpu()
-    ref_loss, ref_entropy = (values.cpu() for values in score_batch(reference, batch, entropy=True))
-    selected = _selected(explore.selector, entry.step, batch["labels"], loss, ref_loss, ref_entropy)
+    columns = _reference_columns(explore, batch)
+    ref_loss = columns["ref_loss"]
+    selected = _selected(explore.selector, entry.step, batch["labels"], loss, columns)
     excess = excess_loss(loss, ref_loss).masked_fill(batch["labels"] == IGNORE_INDEX, torch.nan)
     tables = [
         _token_table(entry, corpus, row, loss[b], ref_loss[b], excess[b], selected[b]) for b, row in enumerate(rows)
@@ -180,15 +191,22 @@ def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfi
         pq.write_table(pa.concat_tables(tables), file, write_page_checksum=True, compression="zstd")
 
 
-def _selected(
-    selector: Selector, step: int, labels: Tensor, loss: Tensor, ref_loss: Tensor, ref_entropy: Tensor
-) -> Tensor:
+def _reference_columns(explore: Exploration, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Loss and entropy of the references, combined."""
+    losses, entropies = {}, {}
+    for name, config in explore.references.items():
+        loss, entropy = score_batch(load_reference(config, explore.corpus), batch, entropy=True)
+        losses[name], entropies[name] = loss.cpu(), entropy.cpu()
+    found = {"ref_loss": losses, "ref_entropy": entropies}
+    return {column: combined(values, explore.combine, explore.weights) for column, values in found.items()}
+
+
+def _selected(selector: Selector, step: int, labels: Tensor, loss: Tensor, columns: dict[str, Tensor]) -> Tensor:
     """What a selection would pick of some rows; scopes wider than these rows are shown as `batch`."""
     active = selector.at(step)
     if active.scope not in ("sequence", "batch"):
         second = replace(active.second, scope="batch") if active.second else None
         active = replace(active, scope="batch", second=second)
-    columns = {"ref_loss": ref_loss, "ref_entropy": ref_entropy}
     blocks = torch.arange(len(labels))
     scores = [part.scores(loss, columns, blocks, labels.shape[1], step) for part in active.parts]
     return active.select(scores, active.eligible(labels, columns))

@@ -15,6 +15,7 @@ from rho.evaluate import Checkpoint, EvaluateConfig, Exploration, checkpoints_of
 from rho.models import ModelConfig
 from rho.progress import say
 from rho.report import write_report
+from rho.report.data import REFERENCE
 from rho.runs import MANIFEST, Manifest, atomic_write, hash_file, is_made_from
 from rho.score import score_corpus
 from rho.store import ScoreStore
@@ -34,8 +35,11 @@ def run(config: RunConfig, folder: str | os.PathLike[str] | None = None) -> Path
     pipeline = _Pipeline(config, Path(folder) if folder is not None else Path("runs") / config.name)
     pipeline.folder.mkdir(parents=True, exist_ok=True)
     pipeline.corpora()
-    pipeline.reference()
-    pipeline.scores()
+    for name, reference in config.references.items():
+        if reference.after is not None:
+            pipeline.train(reference.after, config.train.seeds[0])
+        pipeline.reference(name)
+        pipeline.scores(name)
     for seed in config.train.seeds:
         for arm in config.train.arms:
             pipeline.train(arm, seed)
@@ -66,21 +70,27 @@ class _Pipeline:
     def target(self) -> Corpus:
         return Corpus(self.corpus_folder(self.config.target), "validation")
 
-    def reference(self) -> None:
-        config = self.config.reference
+    def reference(self, name: str) -> None:
+        config = self.config.references[name]
         if config.corpus is not None:
+            start = config.model or self.config.model
+            if config.after is not None:
+                start = ModelConfig(path=str(self.train_folder(config.after, self.config.train.seeds[0])))
             settings = TrainConfig(seed=config.seed, arguments=config.arguments)
-            train(settings, Corpus(self.corpus_folder(config.corpus)), self.config.model, self.folder / "reference")
+            train(settings, Corpus(self.corpus_folder(config.corpus)), start, self.folder / _reference(name))
 
-    def reference_model(self) -> ModelConfig:
-        return ModelConfig(path=self.config.reference.path or str(self.folder / "reference"))
+    def reference_model(self, name: str) -> ModelConfig:
+        return ModelConfig(path=self.config.references[name].path or str(self.folder / _reference(name)))
 
-    def scores(self) -> None:
+    def scores(self, name: str) -> None:
         corpus = Corpus(self.corpus_folder(self.config.corpus))
-        score_corpus(self.config.score, corpus, self.reference_model(), self.scores_folder(), self.target())
+        score_corpus(self.config.score, corpus, self.reference_model(name), self.scores_folder(name), self.target())
 
-    def scores_folder(self) -> Path:
-        return self.folder / "scores" / "reference"
+    def scores_folder(self, name: str) -> Path:
+        return self.folder / "scores" / name
+
+    def train_folder(self, arm: str, seed: int) -> Path:
+        return self.folder / "train" / f"{arm}-seed{seed}"
 
     def train(self, arm: str, seed: int) -> None:
         config = self.config.train
@@ -88,28 +98,32 @@ class _Pipeline:
             config.arm(arm, seed),
             Corpus(self.corpus_folder(self.config.corpus)),
             self.config.model,
-            self.folder / "train" / f"{arm}-seed{seed}",
-            ScoreStore(self.scores_folder()),
+            self.train_folder(arm, seed),
+            {name: ScoreStore(self.scores_folder(name)) for name in self.config.references_of(arm)},
             self.target(),
             config.allow_weak_reference,
         )
 
     def evaluate(self) -> None:
-        """The reference, then every checkpoint of every arm and seed, each in a folder of its own."""
+        """Each reference, then every checkpoint of every arm and seed, each in a folder of its own."""
         config = self.config.evaluate
         sets = {name: Corpus(self.corpus_folder(name), "validation") for name in config.sets}
         settings = EvaluateConfig(**config.model_dump(exclude={"sets", "explore"}))
-        reference = self.reference_model()
-        evaluate(settings, [Checkpoint(str(reference.path), "reference")], sets, self.folder / "evaluate" / "reference")
+        references = {name: self.reference_model(name) for name in self.config.references}
+        for name, model in references.items():
+            label = _reference(name)
+            evaluate(settings, [Checkpoint(str(model.path), label)], sets, self.folder / "evaluate" / label)
         for seed in self.config.train.seeds:
             for arm in self.config.train.arms:
-                name = f"{arm}-seed{seed}"
+                folder = self.train_folder(arm, seed)
                 explore = None
                 if config.explore is not None:
                     text = Corpus(self.corpus_folder(config.explore), "validation")
-                    explore = Exploration(text, reference, self.config.train.arm(arm, seed).selector)
-                models = checkpoints_of(self.folder / "train" / name, arm)
-                evaluate(settings, models, sets, self.folder / "evaluate" / name, explore)
+                    used = {name: references[name] for name in self.config.references_of(arm)}
+                    selection = self.config.train.arm(arm, seed)
+                    how = selection.references
+                    explore = Exploration(text, used, selection.selector, how.combine, how.weights)
+                evaluate(settings, checkpoints_of(folder, arm), sets, self.folder / "evaluate" / folder.name, explore)
 
     def report(self) -> Path:
         """The page, made anew if any stage's output is new."""
@@ -129,6 +143,11 @@ class _Pipeline:
     def manifests(self) -> list[Path]:
         found = sorted(self.folder.rglob(MANIFEST))
         return [path for path in found if path.parent != self.folder / "report"]
+
+
+def _reference(name: str) -> str:
+    """A reference's folder, and its name in the report."""
+    return REFERENCE if name == REFERENCE else f"{REFERENCE}-{name}"
 
 
 def write_yaml(path: Path, tree: dict[str, Any]) -> None:

@@ -103,19 +103,30 @@ class Selector:
                 f"two selections are combined in one scope, sequence, batch or step; found {self.scope} and "
                 f"{self.second.scope}"
             )
-        if self.scope == "dataset" and not self.static:
+        if self.second is not None and self.second != Selector(
+            self.second.score, self.second.ratio, self.scope, self.second.schedule, seed=self.second.seed
+        ):
+            raise ValueError(
+                "of the second selection only score, ratio, schedule and seed count: give what else there is to the first"
+            )
+        if self.scope == "dataset" and self.selective and self.score not in ("ref_loss", "ref_entropy"):
             raise ValueError(
                 f"scope dataset needs a score that does not change: ref_loss or ref_entropy, not {self.score}"
             )
+        if self.scope == "dataset" and self.schedule is not None:
+            raise ValueError("scope dataset is cut once for the whole run: it takes a ratio, not a schedule")
         if self.weighting != "mask" and (self.scope not in ("sequence", "batch") or self.second or self.retention):
             raise ValueError(
                 f"soft weights ({self.weighting}) go with scope sequence or batch, one selection and no retention; "
                 f"found scope {self.scope}"
             )
-        if self.weighting != "mask" and not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, found {self.temperature}")
-        if self.retention < 0:
-            raise ValueError(f"retention must be 0 or more, found {self.retention}")
+        if not (self.temperature > 0 and self.clip > 0):
+            raise ValueError(f"temperature and clip must be above 0, found {self.temperature} and {self.clip}")
+        if self.retention < 0 or (self.retention and self.scope == "running"):
+            raise ValueError(
+                f"retention must be 0 or more, and needs the step's counts, which scope running knows too late; found "
+                f"{self.retention} with scope {self.scope}"
+            )
 
     def at(self, step: int) -> Selector:
         """This selector with the ratio of one (0-based) optimizer step."""

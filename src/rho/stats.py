@@ -73,6 +73,11 @@ class SelectionStats:
                 counts += list(torch.bincount(label_BT[mask] + 1, minlength=len(self.label_names) + 1)[1:])
         self._parts.append(torch.stack([count.double() for count in counts]))
 
+    def forget(self, micro_batches: int) -> None:
+        """Leave the last micro-batches out again."""
+        del self._parts[len(self._parts) - micro_batches :]
+        self._excess = None
+
     def sums(self) -> Tensor:
         """One float64 vector, to be summed over ranks and given to `record`."""
         return torch.stack(self._parts).sum(0)

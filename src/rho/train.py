@@ -6,26 +6,23 @@ Plain causal language modeling is ratio 1.0 of the same code; so is the training
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
-import signal
-import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
-from rho.checkpoints import checkpoints, newest_good, step_of
+from rho.checkpoints import checkpoints, step_of
 from rho.corpus import Corpus
 from rho.data import CombineReferences, TrainingBlocks
-from rho.errors import ConfigError, MismatchError, Stopped
+from rho.durable import EarlyStopping
+from rho.errors import ConfigError, MismatchError
+from rho.fit import fit, keep_rows_a_step
 from rho.models import ModelConfig, device, make_model, model_name, save_model, source_hash, with_lora
-from rho.progress import say, track
+from rho.progress import say
 from rho.runs import Manifest, atomic_write, environment, open_stage
 from rho.score import check_tokenizer, mean_loss
 from rho.selection import Combine, Schedule, Scope, Score, Selector, Weighting
@@ -50,6 +47,8 @@ def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         if name in ("output_dir", "seed", "data_seed", "remove_unused_columns", "label_names"):
             raise ValueError(f"{name}: set by rho (the folder, and `seed`), leave it out")
+        if name in ("save_only_model", "ignore_data_skip"):
+            raise ValueError(f"{name}: an interrupted run could not go on as if it had not been, leave it out")
         if name not in kinds:
             raise ValueError(f"{name}: no field of transformers.TrainingArguments")
         try:
@@ -63,12 +62,29 @@ Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
 
 
 class References(BaseModel):
-    """How the scores of several references become one: see `rho.data.TrainingBlocks`."""
+    """The references that score the tokens (`names`, or all) and how several become one: see `TrainingBlocks`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    names: list[str] | None = Field(None, min_length=1)
     combine: CombineReferences = "mean"
     weights: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _weights_are_for_weights(self) -> References:
+        if (self.combine == "weights") != (self.weights is not None):
+            raise ValueError("'weights' by name go with combine: weights, and it with them")
+        return self
+
+    def chosen(self, scores: ScoreStore | Mapping[str, ScoreStore] | None) -> dict[str, ScoreStore]:
+        """The stores of `names`, in their order."""
+        stores = {"reference": scores} if isinstance(scores, ScoreStore) else dict(scores or {})
+        names = self.names or list(stores)
+        if missing := [name for name in names if name not in stores]:
+            raise ConfigError(
+                f"references.names: no scores of {', '.join(missing)}, found {', '.join(stores) or 'none'}."
+            )
+        return {name: stores[name] for name in names}
 
 
 class TrainConfig(BaseModel):
@@ -142,10 +158,11 @@ def train(
         MismatchError: scores of another corpus or tokenizer, a model with another vocabulary, a weak reference.
     """
     selector = config.selector
-    if selector.columns and not scores:
+    stores = config.references.chosen(scores)
+    if selector.columns and not stores:
         raise ConfigError(f"ratio {config.ratio} with score '{config.score}' needs --scores, found none.")
-    columns = ("ref_loss", *(c for c in selector.columns if c != "ref_loss")) if scores else ()
-    data = TrainingBlocks(corpus, scores, config.references.combine, config.references.weights, columns)
+    columns = ("ref_loss", *(c for c in selector.columns if c != "ref_loss")) if stores else ()
+    data = TrainingBlocks(corpus, stores, config.references.combine, config.references.weights, columns)
     inputs = {"corpus": corpus.fingerprint, "model": source_hash(model, config.seed)}
     inputs |= {f"scores:{name}": store.manifest.fingerprint for name, store in data.stores.items()}
     with open_stage(out, "train", config.model_dump(mode="json"), inputs, follow=rank() > 0) as stage:
@@ -155,21 +172,25 @@ def train(
         corpus.check_vocabulary(network.config.vocab_size, model_name(model))
         check_tokenizer(model, corpus)
         if "ref_loss" in selector.columns and target is not None:
-            for store in data.stores.values():
+            for name, store in data.stores.items():
+                if (config.references.weights or {}).get(name, 1.0) < 0:
+                    continue  # of an unwanted domain
                 check_reference(network, store, target, allow_weak_reference)
+        args = training_arguments(config, stage.folder / "checkpoints")
+        rows_a_step = keep_rows_a_step(args, stage)
         trainer = SelectiveTrainer(
             with_lora(network, config.lora),
             selector,
-            training_arguments(config, stage.folder / "checkpoints"),
+            args,
             data,
             label_names=corpus.labels,
             step_log=stage.folder / "steps.jsonl",
             cut=data.cut(selector) if selector.scope == "dataset" and selector.selective else None,
             skip_nonfinite=config.skip_nonfinite,
             eval_dataset=TrainingBlocks(target) if target is not None else None,
-            callbacks=[EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else [],
+            callbacks=[EarlyStopping(config.early_stopping)] if config.early_stopping else [],
         )
-        _fit(trainer, stage.folder, tokens_a_step(trainer, corpus))
+        fit(trainer, stage.folder, corpus.block_length, rows_a_step)
         if rank() > 0:
             return stage.manifest
         trained = trainer.model.merge_and_unload() if config.lora else network
@@ -177,7 +198,7 @@ def train(
         corpus.tokenizer.save(stage.folder / "model")
         write_card(stage.folder / "model" / "README.md", config, model_name(model), stage.manifest.inputs)
         stage.add_folder("model")
-        return stage.finish(checkpoints=_checkpoints(stage.folder))
+        return stage.finish(checkpoints=_checkpoints(stage.folder, trainer.state.log_history))
 
 
 CARD = """---
@@ -241,101 +262,15 @@ def check_reference(model: PreTrainedModel, scores: ScoreStore, target: Corpus, 
         )
 
 
-def tokens_a_step(trainer: SelectiveTrainer, corpus: Corpus) -> int:
-    """Tokens that all ranks process in a whole optimizer step."""
-    args = trainer.args
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size * corpus.block_length
-
-
-def _fit(trainer: SelectiveTrainer, folder: Path, step_tokens: int) -> None:
-    """Train to the end, going on from the newest good checkpoint if there is one."""
-    last = newest_good(folder / "checkpoints")
-    step = (step_of(last) or 0) if last else 0
-    if rank() == 0:
-        _forget_after(folder / "steps.jsonl", step)
-    if last:
-        say(f"train {folder.name}: going on from step {step}")
-    args = trainer.args
-    total = args.max_steps if args.max_steps > 0 else None
-    if total is None:
-        per_epoch = math.ceil(len(trainer.order) / (trainer.order.batch * args.gradient_accumulation_steps))
-        total = math.ceil(per_epoch * args.num_train_epochs)
-    with track(f"train {folder.name}", total * step_tokens, step * step_tokens) as advance, _Sigterm() as sigterm:
-        trainer.add_callback(_Progress(advance, step_tokens, sigterm))
-        with suppress(_AlreadyFinished):
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if sigterm.received:
-        raise Stopped(
-            f"{folder}: stopped by SIGTERM after step {trainer.state.global_step}, with a checkpoint. Run the same "
-            "command again to go on."
-        )
-
-
-def _forget_after(log: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that is resumed from: those steps are done again."""
-    if log.is_file():
-        kept = [line for line in log.read_text().splitlines() if _step_of(line) <= step]
-        with atomic_write(log) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
-
-
-class _Sigterm:
-    """Remembers a SIGTERM instead of dying of it: the step is finished and a checkpoint written first."""
-
-    received = False
-
-    def __enter__(self) -> _Sigterm:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._handle)
-        return self
-
-    def _handle(self, *_: Any) -> None:
-        self.received = True
-
-    def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before)
-
-
-class _AlreadyFinished(Exception):
-    """The checkpoint that was loaded is that of the last step: `Trainer` would take one step more."""
-
-
-class _Progress(TrainerCallback):
-    def __init__(self, advance: Callable[[int], None], step_tokens: int, sigterm: _Sigterm) -> None:
-        self.advance, self.step_tokens, self.sigterm = advance, step_tokens, sigterm
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            raise _AlreadyFinished
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        self.advance(self.step_tokens)
-        if self.sigterm.received:
-            control.should_save = control.should_log = control.should_training_stop = True
-        return control
-
-
-def _step_of(line: str) -> float:
-    """A last line cut short by a kill counts as not written."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
-
-
-def _checkpoints(folder: Path) -> list[dict[str, Any]]:
+def _checkpoints(folder: Path, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every checkpoint with the tokens it had seen, in order of steps."""
-    found = []
-    for path in checkpoints(folder / "checkpoints"):
-        history = json.loads((path / "trainer_state.json").read_bytes())["log_history"]
-        last = next(entry for entry in reversed(history) if "tokens_seen" in entry)
-        found.append(
-            {
-                "folder": path.relative_to(folder).as_posix(),
-                "step": last["step"],
-                "tokens_seen": last["tokens_seen"],
-                "tokens_selected": last["tokens_selected"],
-            }
-        )
-    return found
+    counts = {entry["step"]: entry for entry in history if "tokens_seen" in entry}
+    return [
+        {
+            "folder": path.relative_to(folder).as_posix(),
+            "step": step_of(path),
+            "tokens_seen": counts[step_of(path)]["tokens_seen"],
+            "tokens_selected": counts[step_of(path)]["tokens_selected"],
+        }
+        for path in checkpoints(folder / "checkpoints")
+    ]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
-from rho.checkpoints import PARTIAL, checkpoints, commit
 from rho.data import Padded, RowOrder, collate
+from rho.durable import DurableTrainer
 from rho.errors import ConfigError, DataError, MismatchError, RhoError
 from rho.linear_loss import linear_loss_sum, linear_token_loss
 from rho.models import check_head, head, hidden_states
@@ -27,6 +26,7 @@ from rho.objective import IGNORE_INDEX, num_to_select, predictors
 from rho.progress import say
 from rho.selection import Cut, Selector
 from rho.stats import SelectionStats
+from rho.step import Step
 
 CLM = Selector(ratio=1.0)
 COLUMNS = ("ref_loss", "ref_entropy")
@@ -74,20 +74,26 @@ def selective_forward(selector: Selector) -> Callable[..., dict[str, Tensor]]:
                 selected = active.select_step([scores], [eligible], all_gather, rank())[0]
             else:
                 selected = active.select(scores, eligible, threshold)
-            out["score"] = scores[0]
         elif selected is None:
             selected = eligible
         if active.weighting == "mask":
-            row_weight = selected.to(hidden_ND.dtype)
+            row_weight = selected.float()
             if rest_weight is not None:
-                row_weight = torch.where(eligible & ~selected, rest_weight.to(row_weight.dtype), row_weight)
+                row_weight = torch.where(eligible & ~selected, rest_weight.float(), row_weight)
         rows = row_weight.flatten().nonzero().squeeze(-1)
+        weighted = active.weighting != "mask" or rest_weight is not None
         loss_sum, row_loss = linear_loss_sum(
-            hidden_ND.index_select(0, rows), weight, labels.flatten()[rows], bias, row_weight.flatten()[rows].float()
+            hidden_ND.index_select(0, rows),
+            weight,
+            labels.flatten()[rows],
+            bias,
+            row_weight.flatten()[rows] if weighted else None,
         )
         if loss is None:  # for the log alone
             loss = losses(eligible & (row_weight == 0))
             loss.view(-1)[rows] = row_loss
+        if active.scope == "running" and active.selective:  # what its threshold follows
+            out["score"] = active.scores(loss, columns, block, labels.shape[1], step)
         return out | {"loss": loss_sum, "token_loss": loss, "selected": selected}
 
     return forward
@@ -112,7 +118,7 @@ def all_gather(own_N: Tensor) -> list[Tensor]:
     return [part[: int(length)] for part, length in zip(found, lengths, strict=True)]
 
 
-class SelectiveTrainer(Trainer):
+class SelectiveTrainer(DurableTrainer):
     """`transformers.Trainer` that trains on the tokens a `Selector` picks.
 
     The loss is Eq. 4: the sum over the selected tokens divided by the number of selected tokens of the whole optimizer
@@ -165,7 +171,7 @@ class SelectiveTrainer(Trainer):
         self._logged_at = time.monotonic()
         self.skip_nonfinite, self._skipped = skip_nonfinite, 0
         self._threshold: float | None = None
-        self._step = _Step()
+        self._step = Step()
         self.add_callback(_Housekeeping(self))
         self.remove_callback(PrinterCallback)  # the step log and the progress bar say it better
 
@@ -181,17 +187,17 @@ class SelectiveTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         active = self.selector.at(self.state.global_step)
         eligible = [self.eligible(batch) for batch in batches]
-        total = self._total(sum((mask.sum() for mask in eligible), torch.zeros((), dtype=torch.int64)))
+        total = self.total(sum((mask.sum() for mask in eligible), torch.zeros((), dtype=torch.int64)))
         masks = self._decide(active, batches, eligible)
         if masks is not None:
             for batch, mask in zip(batches, masks, strict=True):
                 batch["selected"] = mask
-            asked = self._total(sum(mask.sum() for mask in masks))
+            asked = self.total(sum(mask.sum() for mask in masks))
         elif active.scope in ("step", "running") and active.selective:
             asked = num_to_select(total, active.ratio)
         else:
             counts = [count for mask in eligible if (count := active.num_selected(mask)) is not None]
-            asked = self._total(sum(counts, torch.zeros((), dtype=torch.int64)))
+            asked = self.total(sum(counts, torch.zeros((), dtype=torch.int64)))
         if batches and asked == 0:
             raise DataError(
                 f"step {self.state.global_step + 1}: no token to train on: no label, or no reference score, in any of "
@@ -202,7 +208,7 @@ class SelectiveTrainer(Trainer):
             for batch in batches:
                 batch["rest_weight"] = active.retention * asked.double() / rest
         one_pass_threshold = active.scope == "running" and active.selective and self._threshold is not None
-        self._step = _Step(len(batches), asked, exact=not one_pass_threshold)
+        self._step = Step(len(batches), asked, exact=not one_pass_threshold)
         return batches, asked
 
     def _decide(self, active: Selector, batches: list[dict], eligible: list[Tensor]) -> list[Tensor] | None:
@@ -237,19 +243,23 @@ class SelectiveTrainer(Trainer):
     def _losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Losses of a micro-batch's tokens before any gradient: the first of two forwards."""
         inputs = self._prepare_inputs({k: v for k, v in batch.items() if k != "label"})
-        everything = inputs["labels"] != IGNORE_INDEX
+        nothing = torch.zeros_like(inputs["labels"], dtype=torch.bool)
+        was_training = self.model_wrapped.training
+        self.model_wrapped.eval()  # no dropout: what is selected depends on no draw, and a resumed run selects the same
         with self.compute_loss_context_manager():
-            outputs = self.model_wrapped(**inputs, step=self.state.global_step, selected=torch.zeros_like(everything))
+            outputs = self.model_wrapped(**inputs, selected=nothing)
+        self.model_wrapped.train(was_training)
         return outputs["token_loss"]
 
-    def _total(self, count: Tensor | int) -> Tensor:
+    def total(self, count: Tensor | int) -> Tensor:
         """A count summed over ranks."""
         return self.accelerator.reduce(torch.as_tensor(count).to(self.args.device), "sum")
 
     def eligible(self, batch: dict[str, Tensor]) -> Tensor:
         """Eligible tokens of a batch; an error if the scores that the selection needs are missing."""
         try:
-            return self.selector.eligible(batch["labels"], {name: batch[name] for name in COLUMNS if name in batch})
+            columns = {name: batch[name] for name in COLUMNS if name in batch}
+            return self.selector.at(self.state.global_step).eligible(batch["labels"], columns)
         except ValueError as error:
             raise MismatchError(f"{error}. The training rows have {', '.join(sorted(batch))}.") from error
 
@@ -278,7 +288,7 @@ class SelectiveTrainer(Trainer):
             bad = (outputs["eligible"] & ~outputs["token_loss"].isfinite()).any(-1)
             step.bad_blocks.append(inputs["block"][bad])
             step.blocks.append(inputs["block"])
-        if "score" in outputs and self.selector.scope == "running":
+        if "score" in outputs:
             step.scores.append(outputs["score"][outputs["eligible"]].detach().float())
         # What a whole step was asked for is checked at its end, what a micro-batch was asked for there.
         active = self.selector.at(self.state.global_step)
@@ -289,36 +299,42 @@ class SelectiveTrainer(Trainer):
         """One micro-batch; after the last of a step whose count was not known before, the gradients are put right."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         step = self._step
+        step.loss = step.loss + loss
         if step.done == step.micro_batches:
-            actual = self._total(step.selected)
+            actual = self.total(step.selected)
             if step.exact and actual != step.asked:
                 raise RhoError(
                     f"step {self.state.global_step + 1}: {int(actual)} tokens were selected, {int(step.asked)} were "
                     "to be. Training stopped; please report this."
                 )
             if not step.exact and actual > 0:
+                correction = step.asked / actual
                 for parameter in model.parameters():
                     if parameter.grad is not None:
-                        parameter.grad.mul_(step.asked / actual)
-            self._follow(step)
+                        parameter.grad.mul_(correction)
+                loss = loss + (correction - 1) * step.loss  # the step's micro-batches add up to what they should
         return loss
 
-    def _follow(self, step: _Step) -> None:
+    def _follow(self, step: Step) -> None:
         """Move the threshold of scope running towards the score that this step's asked share lies above."""
         active = self.selector.at(self.state.global_step)
         if not step.scores or not active.selective:
             return
         own = torch.cat(step.scores)
         wanted = int(num_to_select(torch.tensor(len(own)), active.ratio))
-        lowest = own.kthvalue(min(len(own), len(own) - wanted + 1)).values.double()
-        found = float(self.accelerator.reduce(lowest, "mean"))
+        # A rank whose rows are all padding has no say.
+        lowest = own.kthvalue(min(len(own), len(own) - wanted + 1)).values if len(own) else own.new_tensor(torch.nan)
+        found = float(torch.cat(all_gather(lowest.double()[None])).nanmean())
         before = self._threshold
         self._threshold = found if before is None else before + FOLLOW * (found - before)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what selection did to the trainer's own log, and write the step record."""
-        if "learning_rate" in logs and self._stats:
-            record = self._stats.record(self.accelerator.reduce(self._stats.sums(), "sum"))
+        if "learning_rate" in logs:
+            counted = bool(self._stats)  # not where every step was left out
+            record: dict[str, Any] = {"tokens": 0, "selected": 0}
+            if counted:
+                record = self._stats.record(self.accelerator.reduce(self._stats.sums(), "sum"))
             self._stats = SelectionStats(self.selector, self._stats.label_names)
             before = self.last_logged()
             now, tokens = time.monotonic(), record.pop("tokens")
@@ -328,9 +344,11 @@ class SelectiveTrainer(Trainer):
             record["ratio_asked"] = self.selector.at(self.state.global_step - 1).ratio
             if self._threshold is not None:
                 record["threshold"] = self._threshold
+            if self._skipped:
+                record["skipped"] = self._skipped
             self._logged_at = now
             record |= {name: logs[name] for name in ("grad_norm", "learning_rate") if name in logs}
-            if self.step_log is not None and self.is_world_process_zero():
+            if counted and self.step_log is not None and self.is_world_process_zero():
                 with open(self.step_log, "a") as file:
                     file.write(json.dumps({"step": self.state.global_step, **record}) + "\n")
             logs |= {name: value for name, value in record.items() if isinstance(value, int | float)}
@@ -339,32 +357,6 @@ class SelectiveTrainer(Trainer):
     def last_logged(self) -> dict[str, Any]:
         """The newest log entry of ours: it travels with checkpoints, so counts and threshold go on where they were."""
         return next((entry for entry in reversed(self.state.log_history) if "tokens_seen" in entry), {})
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As `Trainer`, but committed by `rho.checkpoints`: a checkpoint that is there is whole."""
-        folder = Path(self.args.output_dir)
-        if self.is_world_process_zero():
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.args.output_dir = str(folder / PARTIAL)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(folder)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            name = f"checkpoint-{self.state.global_step}"
-            commit(folder / PARTIAL / name, folder / name)
-            self._rotate(folder)
-        self.accelerator.wait_for_everyone()
-
-    def _rotate(self, folder: Path) -> None:
-        """Remove the oldest checkpoints beyond `save_total_limit`, never the best."""
-        limit = self.args.save_total_limit
-        best = Path(self.state.best_model_checkpoint or "").name
-        old = [path for path in checkpoints(folder) if path.name != best]
-        for path in old[: max(len(old) - limit, 0)] if limit else []:
-            shutil.rmtree(path)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Mean loss over all labelled tokens of the evaluation set: one sum over one count, over batches and ranks."""
@@ -384,54 +376,31 @@ class SelectiveTrainer(Trainer):
         return metrics
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called before every update: gradients (and losses) must be finite."""
+        """Called before every update: losses and gradients must be finite on every rank, or there is none."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        finite = torch.as_tensor(norm).isfinite().all() & torch.as_tensor(self._step.finite)
-        if not bool(self.accelerator.reduce(finite.double().to(self.args.device), "mean") == 1.0):
-            self._not_finite(model, float(torch.as_tensor(norm)))
-        return norm
+        # A gradient that overflows in float16 is the loss scaler's business.
+        finite = self._step.finite and (self.accelerator.scaler is not None or math.isfinite(norm))
+        if self.total(int(finite)) == self.args.world_size:
+            self._follow(self._step)
+            return norm
+        self._leave_out(model, norm)
+        return None
 
-    def _not_finite(self, model: Any, norm: float) -> None:
-        where = self._step.suspects(self.train_dataset)
+    def _leave_out(self, model: Any, norm: Any) -> None:
+        """Drop the step's gradients, so that the update changes nothing, and its counts; an error beyond the budget."""
         message = (
-            f"step {self.state.global_step + 1}: loss or gradient is not finite (gradient norm {norm}), in {where}"
+            f"step {self.state.global_step + 1}: loss or gradient is not finite (gradient norm {float(norm)}), in "
+            f"{self._step.suspects(self.train_dataset.rows, all_gather)}"
         )
-        self._skipped += 1
-        if self._skipped > self.skip_nonfinite:
+        if self._skipped >= self.skip_nonfinite:
             raise RhoError(
                 f"{message}. Training stopped before the update; the last checkpoint is good. Look at these documents, "
                 "lower the learning rate, or allow a number of such steps to be left out with skip_nonfinite."
             )
+        self._skipped += 1
         say(f"{message}: left out, {self._skipped} of at most {self.skip_nonfinite}")
-        for parameter in model.parameters():
-            parameter.grad = None
-
-
-@dataclass
-class _Step:
-    """The optimizer step in progress: micro-batches, and the tokens asked for and selected so far."""
-
-    micro_batches: int = 0
-    asked: Tensor | int = 0
-    exact: bool = True
-    done: int = 0
-    selected: Tensor | int = 0
-    scores: list[Tensor] = field(default_factory=list)
-    bad_blocks: list[Tensor] = field(default_factory=list)  # rows with a loss that is not finite
-    blocks: list[Tensor] = field(default_factory=list)
-
-    @property
-    def finite(self) -> bool:
-        """Whether every token's loss is a number."""
-        return not any(len(blocks) for blocks in self.bad_blocks)
-
-    def suspects(self, rows: Dataset) -> str:
-        """The documents and shards of the rows whose loss is not finite, or of all rows where only the gradient is."""
-        blocks = torch.cat(self.bad_blocks if not self.finite else self.blocks).tolist()
-        corpus = getattr(getattr(rows, "rows", rows), "corpus", None)
-        if corpus is None:
-            return f"blocks {blocks[:8]}"
-        return "; ".join(corpus.describe(block) for block in blocks[:4] if block >= 0)
+        self._stats.forget(self._step.done)
+        model.zero_grad()
 
 
 class _Housekeeping(TrainerCallback):
@@ -441,7 +410,8 @@ class _Housekeeping(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._threshold = self.trainer.last_logged().get("threshold")
+        last = self.trainer.last_logged()
+        self.trainer._threshold, self.trainer._skipped = last.get("threshold"), last.get("skipped", 0)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.order.set_epoch(int(state.epoch))

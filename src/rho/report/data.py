@@ -83,7 +83,12 @@ class Run:
     def arms(self) -> list[str]:
         """The trained arms, those evaluated first, in the config's order."""
         names = [row.arm for row in self.evaluations] + [arm for arm, _ in self.steps]
-        return [name for name in dict.fromkeys(names) if name != REFERENCE]
+        return [name for name in dict.fromkeys(names) if not is_reference(name)]
+
+    @property
+    def references(self) -> list[str]:
+        """The references that were evaluated: `reference`, or several as `reference-NAME`."""
+        return list(dict.fromkeys(row.arm for row in self.evaluations if is_reference(row.arm)))
 
     def seeds(self, arm: str) -> list[int]:
         """The seeds for which `arm` was evaluated or has logged steps."""
@@ -98,6 +103,11 @@ class Run:
     def selective(self, arm: str) -> bool:
         """Whether `arm` left out any eligible token in a logged step."""
         return any(s.selected < s.eligible for (name, _), steps in self.steps.items() if name == arm for s in steps)
+
+
+def is_reference(arm: str) -> bool:
+    """Whether an evaluated model is a reference, no arm: references are called `reference` or `reference-NAME`."""
+    return arm == REFERENCE or arm.startswith(f"{REFERENCE}-")
 
 
 def read_run(run: Path) -> Run:
@@ -170,11 +180,11 @@ def _target(path: Path, config: str, evaluated: list[Manifest]) -> str:
 
 def _steps(run: Path, stages: dict[str, Manifest | None]) -> dict[tuple[str, int], list[Step]]:
     steps = {}
-    for path in [run / REFERENCE / "steps.jsonl", *sorted(run.glob("train/*/steps.jsonl"))]:
+    for path in [*sorted(run.glob(f"{REFERENCE}*/steps.jsonl")), *sorted(run.glob("train/*/steps.jsonl"))]:
         folder = path.parent.relative_to(run).as_posix()
         name = re.fullmatch(r"train/(.+)-seed(\d+)", folder, re.DOTALL)
-        if path.is_file() and (name or folder == REFERENCE):
-            key = (name[1], int(name[2])) if name else (REFERENCE, 0)
+        if name or is_reference(folder):
+            key = (name[1], int(name[2])) if name else (folder, 0)
             steps[key] = _lines(run, folder, path.name, stages.get(folder), _step)
     return steps
 
@@ -217,7 +227,7 @@ def _number(value: Any) -> float:
 def _evaluation(row: dict[str, Any]) -> Evaluation:
     return Evaluation(
         arm=str(row["arm"]),
-        seed=0 if row["arm"] == REFERENCE else int(row["seed"]),
+        seed=0 if is_reference(str(row["arm"])) else int(row["seed"]),
         step=int(row["step"] or 0),
         tokens_seen=int(row["tokens_seen"] or 0),
         tokens_selected=int(row["tokens_selected"] or 0),

@@ -35,7 +35,6 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         run=run,
         summary=summary,
         headline=headline(summary),
-        reference_arm=REFERENCE,
         evaluations=[row for row in run.evaluations if row.set == run.target and row.arm != REFERENCE],
         target_plots=_target_plots(run, summary),
         results=_results(summary),
@@ -122,10 +121,10 @@ def _step_plots(run: Run) -> dict[str, Any]:
 
 
 def _results(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of results: every arm on every set, then the reference model."""
+    """Rows of the table of results: every arm on every set, then the reference models."""
     trained = {arm: list(seeds.values()) for arm, seeds in summary["arms"].items()}
     rows = []
-    for arm, seeds in [*trained.items(), (f"{REFERENCE} model", [summary["reference"]])]:
+    for arm, seeds in [*trained.items(), *((f"{name} model", [one]) for name, one in summary["references"].items())]:
         for name in sorted({name for one in seeds for name in one["final"]}, key=lambda n: (n != summary["target"], n)):
             rows.append(
                 {

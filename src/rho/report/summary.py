@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from rho.report.data import REFERENCE, Evaluation, Run, Step
+from rho.report.data import Evaluation, Run, Step
 
 FORMAT = 1
 
@@ -16,17 +16,19 @@ def summarise(run: Run) -> dict[str, Any]:
     """The whole summary: plain JSON values with stable keys; null stands for a number that there is not.
 
     `arms.<arm>.<seed>.tokens_to_target` is null where the arm never came down to `goal`, its baseline's final target
-    loss with the same seed; where `goal` itself is null there was nothing to compare with.
+    loss with the same seed; where `goal` itself is null there was nothing to compare with. `reference_loss` is the best
+    reference's on the target.
     """
     base = baseline(run)
-    reference = _model(run, REFERENCE, 0)
+    references = {name: _model(run, name, 0) for name in run.references}
+    found = [r["final"][run.target]["loss"] for r in references.values() if run.target in r["final"]]
     return {
         "format": FORMAT,
         "run": run.name,
         "target": run.target,
         "baseline": base,
-        "reference_loss": reference["final"].get(run.target, {}).get("loss"),
-        "reference": reference,
+        "reference_loss": min((loss for loss in found if loss is not None), default=None),
+        "references": references,
         "arms": {arm: {str(seed): _trained(run, base, arm, seed) for seed in run.seeds(arm)} for arm in run.arms},
     }
 

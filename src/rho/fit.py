@@ -1,0 +1,126 @@
+"""Run a trainer to its end, whatever came between: damage, kills, SIGTERM, another number of processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from rho.checkpoints import newest_good, step_of
+from rho.errors import ConfigError, Stopped
+from rho.progress import say, track
+from rho.runs import Stage, atomic_write
+from rho.trainer import SelectiveTrainer, all_gather, rank
+
+
+def keep_rows_a_step(args: TrainingArguments, stage: Stage) -> int:
+    """Rows of an optimizer step: as many as when the stage began, on any number of processes.
+
+    So a run that goes on with more or fewer processes takes the same rows in each step; the accumulation makes up for
+    the difference.
+
+    Raises:
+        ConfigError: these processes can't take just as many rows.
+    """
+    together = args.train_batch_size * args.world_size
+    asked = together * args.gradient_accumulation_steps
+    began = stage.manifest.facts.setdefault("rows_a_step", asked)  # right on the first rank, which read the manifest
+    rows = int(all_gather(torch.tensor([began], device=args.device))[0])
+    if rows % together:
+        raise ConfigError(
+            f"{stage.folder}: a step began with {rows} rows; {args.world_size} processes of "
+            f"{args.train_batch_size} rows each can't take just as many. Start a number of processes that divides it."
+        )
+    args.gradient_accumulation_steps = rows // together
+    if rank() == 0:
+        stage.checkpoint()
+    return rows
+
+
+def fit(trainer: SelectiveTrainer, folder: Path, block_length: int, rows_a_step: int) -> None:
+    """Train to the end, going on from the newest good checkpoint if there is one.
+
+    Args:
+        trainer: writes its checkpoints to `checkpoints/` in `folder`.
+        folder: the stage's.
+        block_length: tokens in a row.
+        rows_a_step: rows in an optimizer step.
+
+    Raises:
+        Stopped: SIGTERM arrived; there is a checkpoint of the last step.
+    """
+    last = newest_good(folder / "checkpoints") if rank() == 0 else None
+    own = torch.tensor([step_of(last) if last else 0], device=trainer.args.device)
+    step = int(all_gather(own)[0])
+    if rank() == 0:
+        _forget_after(folder / "steps.jsonl", step)
+    if step:
+        say(f"train {folder.name}: going on from step {step}")
+    tokens = rows_a_step * block_length
+    total = trainer.args.max_steps
+    if total <= 0:
+        total = math.ceil(math.ceil(trainer.order.rows / rows_a_step) * trainer.args.num_train_epochs)
+    with track(f"train {folder.name}", total * tokens, step * tokens) as advance, Sigterm() as sigterm:
+        trainer.add_callback(_Progress(trainer, lambda: advance(tokens), sigterm))
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoints" / f"checkpoint-{step}") if step else None)
+        if sigterm.received:
+            raise Stopped(
+                f"{folder}: stopped by SIGTERM after step {trainer.state.global_step}. Run the same command again to "
+                "go on."
+            )
+
+
+class Sigterm:
+    """Remembers a SIGTERM instead of dying of it: the step is finished and a checkpoint written first."""
+
+    received = False
+
+    def __enter__(self) -> Sigterm:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def _handle(self, *_: Any) -> None:
+        self.received = True
+
+    def __exit__(self, *_: object) -> None:
+        # Once asked to end, a second SIGTERM must not cut the way out short.
+        if threading.current_thread() is threading.main_thread() and not self.received:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+class _Progress(TrainerCallback):
+    """Tells of each step; after a SIGTERM to any rank, all of them write a checkpoint and stop after the same one."""
+
+    def __init__(self, trainer: SelectiveTrainer, advance: Callable[[], None], sigterm: Sigterm) -> None:
+        self.trainer, self.advance, self.sigterm = trainer, advance, sigterm
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        self.advance()
+        if self.trainer.total(int(self.sigterm.received)):
+            self.sigterm.received = True
+            control.should_save = control.should_log = control.should_training_stop = True
+        return control
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that is resumed from: those steps are done again."""
+    if log.is_file():
+        kept = [line for line in log.read_text().splitlines() if _step_in(line) <= step]
+        with atomic_write(log) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+
+
+def _step_in(line: str) -> float:
+    """A last line cut short by a kill counts as not written."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
