@@ -9,6 +9,7 @@ opening, renaming or removal of a file in the run's folder: most of those belong
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,7 @@ def finish(pid: int, log: Path) -> None:
 def make_assets(folder: Path) -> None:
     """A corpus of 22 blocks of 16 tokens, and an untrained model's scores of it."""
     draw = random.Random(0)
-    words = "the shift by one is done in one function and nowhere else def add return selected tokens".split()
+    words = ["the", "shift", "by", "one", "is", "done", "in", "function", "def", "add", "return", "selected"]
     text = [" ".join(draw.choices(words, k=40)) for _ in range(20)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in text))
     train_tokenizer([str(folder / "text.jsonl")], 300, folder / "tokenizer")
@@ -152,9 +154,9 @@ def kill_once(name: str, assets: Path, out: Path, draw: random.Random, seconds: 
     log = out.parent / f"{out.name}.log"
     if draw.random() < 0.5:
         at = draw.randint(1, events)
-        pid = fork(lambda: run(name, assets, out, at), log)
+        pid = fork(partial(run, name, assets, out, at), log)
     else:
-        pid = fork(lambda: run(name, assets, out), log)
+        pid = fork(partial(run, name, assets, out), log)
         time.sleep(draw.uniform(0.0, seconds))
         os.kill(pid, signal.SIGKILL)  # until it is waited for the id stays its own
     status = os.waitpid(pid, 0)[1]
@@ -168,23 +170,26 @@ def kill_once(name: str, assets: Path, out: Path, draw: random.Random, seconds: 
 def kill_all(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     """Kill runs until `kills` are done, each resumed to its end after a few; what was hit and what differed."""
     draw = random.Random(seed)
-    finish(fork(lambda: make_assets(folder), folder / "assets.log"), folder / "assets.log")
+    log = folder / "log"
+    finish(fork(lambda: make_assets(folder), log), log)
     whole, seconds, events = {}, {}, {}
     for name in RUNS:
         started = time.monotonic()
-        finish(fork(lambda name=name: run(name, folder, folder / name), folder / "log"), folder / "log")  # type: ignore[misc]
+        finish(fork(partial(run, name, folder, folder / name), log), log)
         seconds[name] = time.monotonic() - started
         whole[name], events[name] = outcome(folder / name), int((folder / f"{name}-events").read_text())
     hit: Counter[str] = Counter()
     differing: list[str] = []
     runs = 0
     while hit.total() < kills:
-        name, out = list(RUNS)[runs % len(RUNS)], folder / "killed"
+        name, out = list(RUNS)[runs % len(RUNS)], folder / f"killed-{runs}"
         for _ in range(min(KILLS_A_RUN, kills - hit.total())):
-            if found := kill_once(name, folder, out, draw, seconds[name], events[name]):
-                hit[found] += 1
-        finish(fork(lambda name=name: run(name, folder, out), folder / "log"), folder / "log")  # type: ignore[misc]
-        differing += [f"{name}, run {runs}: {what}" for what, value in outcome(out).items() if value != whole[name][what]]
+            found = kill_once(name, folder, out, draw, seconds[name], events[name])
+            if found is None:
+                break
+            hit[found] += 1
+        finish(fork(partial(run, name, folder, out), log), log)
+        differing += [f"{out.name}: {what}" for what, value in outcome(out).items() if value != whole[name][what]]
         shutil.rmtree(out)
         runs += 1
     return {"kills": hit.total(), "hit": dict(hit), "runs": runs, "identical": not differing, "differing": differing}
@@ -199,6 +204,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     make_model(ModelConfig(architecture=ARCHITECTURE), 300)  # its imports are paid for once
+    gc.freeze()  # or every fork copies, and `Trainer` collects, what they left
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         result = kill_all(args.kills, args.seed, Path(folder))

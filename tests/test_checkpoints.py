@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: after kills, damage, SIGTERM and other processes a run ends as if nothing had been."""
+"""Checkpoints that can be trusted: after kills, damage or SIGTERM a run ends as if nothing had been."""
 
 from __future__ import annotations
 
@@ -36,12 +36,18 @@ from test_train import InterruptAfter, make_trainer, steps
 
 KILL = Path(__file__).parents[1] / "benchmarks" / "kill_training.py"
 WORKER = Path(__file__).parent / "distributed_worker.py"
-ARGUMENTS = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2}
+ARGUMENTS = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 6,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_steps": 2,
+}
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 STATE = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(corpus: Path, scores: Path, architecture: dict) -> Any:
     """Train into a folder, at ratio 0.6, with settings and arguments."""
 
@@ -54,10 +60,28 @@ def run(corpus: Path, scores: Path, architecture: dict) -> Any:
     return run
 
 
+@pytest.fixture(scope="module")
+def whole(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without any trouble; read-only."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def interrupted(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, ended after step 5 of 6, with checkpoints of steps 2 and 4; read-only."""
+    out = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 5)
+        run(out)
+    return out
+
+
 @pytest.fixture
-def finished(run: Any, tmp_path: Path) -> Path:
-    run(tmp_path / "whole")
-    return tmp_path / "whole"
+def cut(interrupted: Path, tmp_path: Path) -> Path:
+    """A copy of the interrupted run."""
+    return shutil.copytree(interrupted, tmp_path / "cut")
 
 
 def assert_same(whole: Path, other: Path) -> None:
@@ -95,9 +119,9 @@ def test_runs_killed_at_30_random_moments_end_bit_identical(tmp_path: Path) -> N
     assert result["hit"]["between checkpoints"] >= 2
 
 
-def test_200_flipped_bits_and_50_truncations_are_all_detected(finished: Path) -> None:
+def test_200_flipped_bits_and_50_truncations_are_all_detected(cut: Path) -> None:
     draw = random.Random(0)
-    folder = checkpoints(finished / "checkpoints")[-1]
+    folder = checkpoints(cut / "checkpoints")[-1]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert {*STATE, HASHES, "trainer_state.json"} <= {path.name for path in files}
     for number in range(250):
@@ -113,8 +137,8 @@ def test_200_flipped_bits_and_50_truncations_are_all_detected(finished: Path) ->
     assert damage(folder) == []
 
 
-def test_missing_added_and_unlisted_files_are_damage(finished: Path) -> None:
-    older, newer = checkpoints(finished / "checkpoints")[-2:]
+def test_missing_added_and_unlisted_files_are_damage(cut: Path) -> None:
+    older, newer = checkpoints(cut / "checkpoints")
     (newer / "optimizer.pt").rename(newer / "optimizer.bak")
     assert damage(newer) == ["optimizer.bak: not part of the checkpoint", "optimizer.pt: No such file or directory"]
     hashes = json.loads((older / HASHES).read_text())
@@ -127,40 +151,33 @@ def test_missing_added_and_unlisted_files_are_damage(finished: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", HASHES])
 def test_a_run_goes_on_from_the_last_good_checkpoint_and_says_which_files_were_bad(
-    name: str, run: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    name: str, run: Any, whole: Path, cut: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, 5)
-        run(tmp_path / "cut")
-    flip(tmp_path / "cut" / "checkpoints" / "checkpoint-4" / name, 999)
-    run(tmp_path / "cut")
+    flip(cut / "checkpoints" / "checkpoint-4" / name, 999)
+    run(cut)
     told = capsys.readouterr().err
     assert f"checkpoint-4: damaged ({name}: content changed), not resumed from, now damaged-checkpoint-4" in told
     assert "going on from step 2" in told
-    assert_same(finished, tmp_path / "cut")
-    assert [path.name for path in checkpoints(tmp_path / "cut" / "checkpoints")] == [
-        "checkpoint-2", "checkpoint-4", "checkpoint-6",
-    ]  # fmt: skip
+    assert_same(whole, cut)
+    assert [path.name for path in checkpoints(cut / "checkpoints")] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
 def test_with_every_checkpoint_damaged_a_run_starts_from_scratch_and_says_so(
-    run: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    run: Any, whole: Path, cut: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, 5)
-        run(tmp_path / "cut")
-    for folder in checkpoints(tmp_path / "cut" / "checkpoints"):
+    for folder in checkpoints(cut / "checkpoints"):
         (folder / "trainer_state.json").write_text("{}")
-    run(tmp_path / "cut")
+    run(cut)
     assert "every checkpoint is damaged, starting from scratch" in capsys.readouterr().err
-    assert_same(finished, tmp_path / "cut")
+    assert_same(whole, cut)
 
 
-def test_a_damaged_checkpoint_is_not_evaluated(finished: Path) -> None:
-    assert len(checkpoints_of(finished, "arm")) == 3
-    flip(finished / "checkpoints" / "checkpoint-2" / "model.safetensors", 4321)
+def test_a_damaged_checkpoint_is_not_evaluated(whole: Path, tmp_path: Path) -> None:
+    assert len(checkpoints_of(whole, "arm")) == 3
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    flip(copy / "checkpoints" / "checkpoint-2" / "model.safetensors", 4321)
     with pytest.raises(DataError, match=r"checkpoint-2: damaged checkpoint \(model.safetensors: content changed\)"):
-        checkpoints_of(finished, "arm")
+        checkpoints_of(copy, "arm")
 
 
 def test_removing_a_checkpoint_leaves_it_whole_or_gone(
@@ -216,13 +233,13 @@ def test_best_model_and_patience_outlive_an_interruption(
 ) -> None:
     # So high a rate that the loss on the target rises again.
     arguments = {
-        "learning_rate": 0.3, "max_steps": 10, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+        "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 6, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
         "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_total_limit": 1,
     }  # fmt: skip
     settings = {"early_stopping": early_stopping}
     run(tmp_path / "whole", arguments, **settings)
     last = steps(tmp_path / "whole")[-1]["step"]
-    assert (last == 10) == (early_stopping is None)
+    assert (last == 6) == (early_stopping is None)
     best, *_ = checkpoints(tmp_path / "whole" / "checkpoints")
     assert best.name != f"checkpoint-{last}"
     assert (best / "model.safetensors").read_bytes() == (tmp_path / "whole/model/model.safetensors").read_bytes()
@@ -240,22 +257,22 @@ def test_best_model_and_patience_outlive_an_interruption(
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-def command(corpus: Path, scores: Path, model: Path, out: Path, *arguments: str) -> list[str]:
-    options = {"--corpus": corpus, "--scores": scores, "--model": model, "--out": out, "--ratio": 0.6}
-    line = [sys.executable, "-c", "from rho.cli import main; main()", "train"]
-    line += [str(part) for option in options.items() for part in option]
-    return line + [part for argument in arguments for part in ("--set", argument)]
-
-
 def test_sigterm_leaves_a_good_checkpoint_and_exit_0_and_the_same_command_goes_on(
-    corpus: Path, scores: Path, architecture: dict, tmp_path: Path
+    corpus: Path, scores: Path, architecture: dict, run: Any, tmp_path: Path
 ) -> None:
-    model = tmp_path / "model.json"
-    model.write_text(json.dumps(architecture))
-    arguments = [f"{name}={value}" for name, value in {**ARGUMENTS, "max_steps": 40, "save_steps": 100}.items()]
-    process = subprocess.Popen(
-        command(corpus, scores, model, tmp_path / "cut", *arguments), env=ENV, stderr=subprocess.PIPE, text=True
-    )
+    (tmp_path / "model.json").write_text(json.dumps(architecture))
+    length = {"max_steps": 40, "save_steps": 100}
+    options = {
+        "corpus": corpus,
+        "scores": scores,
+        "model": tmp_path / "model.json",
+        "out": tmp_path / "cut",
+        "ratio": 0.6,
+    }
+    command = [sys.executable, "-c", "from rho.cli import main; main()", "train"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    command += [f"--set={name}={value}" for name, value in {**ARGUMENTS, **length}.items()]
+    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "cut" / "steps.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     asked = time.monotonic()
@@ -271,12 +288,12 @@ def test_sigterm_leaves_a_good_checkpoint_and_exit_0_and_the_same_command_goes_o
     assert damage(stopped_at) == []
     assert stopped_at.name != "checkpoint-40"
     for out in ("cut", "whole"):
-        subprocess.run(command(corpus, scores, model, tmp_path / out, *arguments), env=ENV, check=True, timeout=100)
+        run(tmp_path / out, length)
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
 class Poison(TrainerCallback):
-    """Makes losses, or gradients alone, NaN in some (1-based) steps, and remembers weights and optimizer around them."""
+    """Makes losses, or gradients alone, NaN in some (1-based) steps; weights and optimizer must not change in them."""
 
     def __init__(self, trainer: SelectiveTrainer, what: str, at: set[int]) -> None:
         self.at, self.step, self.states = at, 0, []
@@ -386,12 +403,12 @@ def test_a_run_resumed_with_other_micro_batches_takes_the_same_rows(
         return seen
 
     rows = len(Corpus(corpus))
-    length = rows // 8 + 3  # into the second epoch
-    whole = train_on((8, 1), tmp_path / "whole", length)
-    train_on((8, 1), tmp_path / "cut", 3)
-    resumed = train_on((2, 4), tmp_path / "cut", length, tmp_path / "cut" / "checkpoints" / "checkpoint-3")
+    length = rows // 16 + 3  # into the second epoch
+    whole = train_on((16, 1), tmp_path / "whole", length)
+    train_on((16, 1), tmp_path / "cut", 3)
+    resumed = train_on((4, 4), tmp_path / "cut", length, tmp_path / "cut" / "checkpoints" / "checkpoint-3")
     assert resumed == whole[3:]
-    assert sorted(sum(whole[: -(-rows // 8)], [])) == list(range(rows))
+    assert sorted(row for step in whole[: -(-rows // 16)] for row in step) == list(range(rows))
 
 
 def test_a_step_keeps_its_rows_on_another_number_of_processes(tmp_path: Path) -> None:
@@ -420,7 +437,9 @@ def test_a_run_of_two_processes_goes_on_with_one(
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = {**ENV, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*launcher, str(WORKER), str(tmp_path / "jobs.json")], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*launcher, str(WORKER), str(tmp_path / "jobs.json")], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     by_two = load_file(tmp_path / "run" / "model" / "model.safetensors")
     shutil.rmtree(tmp_path / "run" / "model")  # as if it had been killed after step 3

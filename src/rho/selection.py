@@ -33,6 +33,9 @@ Scope = Literal["sequence", "batch", "step", "running", "dataset"]
 Weighting = Literal["mask", "softmax", "sigmoid", "exponential"]
 Combine = Literal["intersection", "union"]
 
+# How fast a running threshold follows the last step's quantile, and what part of the owed ratio a step pays back.
+FOLLOW, PAY_BACK = 0.5, 0.3
+
 Gather = Callable[[Tensor], list[Tensor]]  # a 1-D tensor of this rank -> those of all ranks, in order of ranks
 
 
@@ -312,6 +315,36 @@ def _top_of_step(
         picked[mask] = own[micro_N == m]
         masks.append(picked)
     return masks
+
+
+@dataclass
+class RunningThreshold:
+    """The score from which on scope `running` selects; it follows past steps.
+
+    Attributes:
+        value: the threshold; None before the first step.
+        owed: ratio asked for less ratio realised, summed over steps. It is paid back little by little: where scores
+            drift (as losses fall), a threshold that only follows them would select too few forever.
+    """
+
+    value: float | None = None
+    owed: float = 0.0
+
+    def follow(self, score_N: Tensor, ratio: float, realised: float, gather: Gather = lambda own: [own]) -> None:
+        """Move towards what the wanted share of a step's eligible scores lies above.
+
+        Args:
+            score_N: this rank's.
+            ratio, realised: shares of the tokens of all ranks that were to be, and were, selected.
+            gather: collects a 1-D tensor from all ranks.
+        """
+        self.owed += ratio - realised
+        wanted = round((ratio + PAY_BACK * self.owed) * len(score_N))
+        lowest = score_N.new_tensor(torch.nan)  # a rank whose rows are all padding has no say
+        if len(score_N):
+            lowest = score_N.kthvalue(len(score_N) + 1 - min(max(wanted, 1), len(score_N))).values
+        found = float(torch.cat(gather(lowest.double()[None])).nanmean())
+        self.value = found if self.value is None else self.value + FOLLOW * (found - self.value)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     score: Score = "excess"
-    ratio: float = 1.0
+    ratio: float = Field(1.0, gt=0, le=1)
     scope: Scope = "sequence"
     schedule: Schedule | None = None
     second: Selector | None = None

@@ -24,13 +24,12 @@ from rho.linear_loss import linear_loss_sum, linear_token_loss
 from rho.models import check_head, head, hidden_states
 from rho.objective import IGNORE_INDEX, num_to_select, predictors
 from rho.progress import say
-from rho.selection import Cut, Selector
+from rho.selection import Cut, RunningThreshold, Selector
 from rho.stats import SelectionStats
 from rho.step import Step
 
 CLM = Selector(ratio=1.0)
 COLUMNS = ("ref_loss", "ref_entropy")
-FOLLOW = 0.5  # how fast the threshold of scope running follows the last step's quantile
 
 
 def selective_forward(selector: Selector) -> Callable[..., dict[str, Tensor]]:
@@ -170,7 +169,7 @@ class SelectiveTrainer(DurableTrainer):
         self._stats = SelectionStats(selector, label_names or [])
         self._logged_at = time.monotonic()
         self.skip_nonfinite, self._skipped = skip_nonfinite, 0
-        self._threshold: float | None = None
+        self._threshold = RunningThreshold()
         self._step = Step()
         self.add_callback(_Housekeeping(self))
         self.remove_callback(PrinterCallback)  # the step log and the progress bar say it better
@@ -207,7 +206,7 @@ class SelectiveTrainer(DurableTrainer):
         if active.retention and rest > 0:
             for batch in batches:
                 batch["rest_weight"] = active.retention * asked.double() / rest
-        one_pass_threshold = active.scope == "running" and active.selective and self._threshold is not None
+        one_pass_threshold = active.scope == "running" and active.selective and self._threshold.value is not None
         self._step = Step(len(batches), asked, exact=not one_pass_threshold)
         return batches, asked
 
@@ -217,7 +216,7 @@ class SelectiveTrainer(DurableTrainer):
             return None
         in_forward = active.second is None and (
             active.scope in ("sequence", "batch")
-            or (active.scope == "running" and self._threshold is not None)
+            or (active.scope == "running" and self._threshold.value is not None)
             or (active.scope in ("step", "running") and len(batches) == 1)
         )
         if in_forward:
@@ -269,8 +268,8 @@ class SelectiveTrainer(DurableTrainer):
         """Eq. 4. In evaluation (no count given): the mean loss of the batch's labelled tokens."""
         inputs = dict(inputs)
         label = inputs.pop("label", None)
-        if self._threshold is not None:
-            inputs["threshold"] = self._threshold
+        if self._threshold.value is not None:
+            inputs["threshold"] = self._threshold.value
         outputs = model(**inputs, step=self.state.global_step)
         if num_items_in_batch is None:
             loss = outputs["loss"] / outputs["eligible"].sum()
@@ -316,17 +315,11 @@ class SelectiveTrainer(DurableTrainer):
         return loss
 
     def _follow(self, step: Step) -> None:
-        """Move the threshold of scope running towards the score that this step's asked share lies above."""
-        active = self.selector.at(self.state.global_step)
-        if not step.scores or not active.selective:
-            return
-        own = torch.cat(step.scores)
-        wanted = int(num_to_select(torch.tensor(len(own)), active.ratio))
-        # A rank whose rows are all padding has no say.
-        lowest = own.kthvalue(min(len(own), len(own) - wanted + 1)).values if len(own) else own.new_tensor(torch.nan)
-        found = float(torch.cat(all_gather(lowest.double()[None])).nanmean())
-        before = self._threshold
-        self._threshold = found if before is None else before + FOLLOW * (found - before)
+        """Move the threshold of scope running by what this step's scores and its realised ratio were."""
+        if step.scores:
+            ratio = self.selector.at(self.state.global_step).ratio
+            realised = ratio * float(self.total(step.selected) / step.asked)
+            self._threshold.follow(torch.cat(step.scores), ratio, realised, all_gather)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what selection did to the trainer's own log, and write the step record."""
@@ -342,8 +335,8 @@ class SelectiveTrainer(DurableTrainer):
             record["tokens_selected"] = before.get("tokens_selected", 0) + record["selected"]
             record["tokens_per_second"] = round(tokens / (now - self._logged_at), 1)
             record["ratio_asked"] = self.selector.at(self.state.global_step - 1).ratio
-            if self._threshold is not None:
-                record["threshold"] = self._threshold
+            if self._threshold.value is not None:
+                record |= {"threshold": self._threshold.value, "ratio_owed": self._threshold.owed}
             if self._skipped:
                 record["skipped"] = self._skipped
             self._logged_at = now
@@ -411,7 +404,8 @@ class _Housekeeping(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         last = self.trainer.last_logged()
-        self.trainer._threshold, self.trainer._skipped = last.get("threshold"), last.get("skipped", 0)
+        self.trainer._threshold = RunningThreshold(last.get("threshold"), last.get("ratio_owed", 0.0))
+        self.trainer._skipped = last.get("skipped", 0)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.order.set_epoch(int(state.epoch))
