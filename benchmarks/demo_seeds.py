@@ -2,8 +2,8 @@
 
     python benchmarks/demo_seeds.py [PART ...] [--out FOLDER]      about half an hour on two cores
 
-The parts (`one` seed, to be timed on a quiet machine; the `first` and `second` run of all seeds) may be done one by one:
-the result is written when all are there.
+The parts (`one` seed, to be timed on a quiet machine; the `first` and the `second` run of all seeds) may be done one by
+one: the result is written when all are there.
 
 Writes benchmarks/results/demo.json; `python benchmarks/write_results.py` makes docs/results.md of it.
 """
