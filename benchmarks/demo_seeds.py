@@ -1,6 +1,9 @@
 """The demo over three seeds, twice: does selection win for each seed, and is every weight the same the second time?
 
-    python benchmarks/demo_seeds.py [--out FOLDER]      about half an hour on two cores
+    python benchmarks/demo_seeds.py [PART ...] [--out FOLDER]      about half an hour on two cores
+
+The parts (`one` seed, to be timed on a quiet machine; the `first` and the `second` run of all seeds) may be done one by
+one: the result is written when all are there.
 
 Writes benchmarks/results/demo.json; `python benchmarks/write_results.py` makes docs/results.md of it.
 """
@@ -17,15 +20,17 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from rho.runs import environment, hash_file
 
-SEEDS = [0, 1, 2]
+PARTS = {"one": [0], "first": [0, 1, 2], "second": [0, 1, 2]}
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "demo.json"
 
 
 def run_demo(folder: Path, seeds: list[int]) -> dict[str, float]:
-    """Run the demo in a process of its own; seconds to the first progress line, seconds in all, peak memory in MiB."""
+    """Run the demo in a process of its own: seconds to the first progress line and in all, MiB at most, threads."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [str(Path(sys.executable).parent / "rho"), "demo", "--out", str(folder), "--set", f"train.seeds={seeds}"]
     started = time.monotonic()
@@ -44,6 +49,7 @@ def run_demo(folder: Path, seeds: list[int]) -> dict[str, float]:
         "first_line_seconds": round(first or 0.0, 1),
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_mib": round(usage.ru_maxrss / 1024),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -55,20 +61,28 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Do the parts asked for; with all of them done, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-demo"))
-    out = parser.parse_args().out
-    one = run_demo(out / "one", SEEDS[:1])
-    first = run_demo(out / "first", SEEDS)
-    run_demo(out / "second", SEEDS)
-    hashes, again = weights(out / "first"), weights(out / "second")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    for part in arguments.parts:
+        measured = run_demo(out / part, PARTS[part])
+        (out / f"{part}.json").write_text(json.dumps(measured))
+    missing = [part for part in PARTS if not (out / f"{part}.json").is_file()]
+    if missing:
+        print(f"still to do: {' '.join(missing)}")
+        return
+    one, first, second = (weights(out / part) for part in PARTS)
+    runs = {part: json.loads((out / f"{part}.json").read_text()) for part in PARTS}
     result = {
         "machine": f"{os.cpu_count()} x {cpu_name()}",
         "environment": environment(),
-        "one_seed": one,
-        "three_seeds": first,
-        "weights": hashes,
-        "second_run_identical": hashes == again and hashes.items() >= weights(out / "one").items(),
+        "runs": runs,
+        "weights": first,
+        "second_run_identical": first == second,
+        "one_seed_identical": one.items() <= first.items(),
         "summary": json.loads((out / "first" / "report" / "summary.json").read_bytes()),
     }
     RESULT.parent.mkdir(exist_ok=True)

@@ -12,9 +12,9 @@ PAGE = HERE.parent / "docs" / "results.md"
 
 DEMO = """## The embedded demo
 
-Prose hidden in raw Python files, learned by a 1.3 M parameter model (`recipes/demo.yaml`). Loss is nats a token on held-out
-docstrings (set `{target}`), at equal tokens processed. The reference's is {reference:.4f}. *Tokens to target*: the share of
-CLM's tokens at which an arm reaches CLM's final loss, interpolated.
+Prose hidden in raw Python files, learned by a 1.3 M parameter model (`recipes/demo.yaml`). Loss is nats a token on
+held-out docstrings (set `{target}`), at equal tokens processed. The reference's is {reference:.4f}. *Tokens to target*:
+the share of CLM's tokens at which an arm reaches CLM's final loss, interpolated.
 
     make bench        # benchmarks/demo_seeds.py, then this page
 
@@ -29,13 +29,13 @@ Share of each kind of token that was selected, over the whole run, seed 0:
 {shares}
 
 A second run of all three seeds gave {models} models with weights that are {same}. One seed with three arms took
-{seconds:.0f} s ({first:.1f} s to the first progress line, peak memory {memory} MiB) on {machine}.
+{seconds:.0f} s ({first:.1f} s to the first progress line, peak memory {memory} MiB) on {machine}, {threads} threads.
 """
 
 
 def demo_section(result: dict[str, Any]) -> str:
     """The demo over seeds: final losses, tokens to target, reproducibility, time and memory."""
-    summary, one = result["summary"], result["one_seed"]
+    summary, one = result["summary"], result["runs"]["one"]
     arms, target = summary["arms"], summary["target"]
     shares = {arm: next(iter(seeds.values()))["label_share"] for arm, seeds in arms.items()}
     labels = list(shares["slm"])
@@ -53,6 +53,7 @@ def demo_section(result: dict[str, Any]) -> str:
         seconds=one["seconds"],
         first=one["first_line_seconds"],
         memory=one["peak_memory_mib"],
+        threads=one["threads"],
         machine=result["machine"],
     )
 

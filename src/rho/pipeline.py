@@ -63,6 +63,11 @@ class _Pipeline:
         tokenizer = Tokenizer.load(str(path), config.eos)
         for name, corpus in self.config.corpora.items():
             build_corpus(corpus, tokenizer, self.corpus_folder(name))
+        self.sets()  # an empty one is an error now, not after the training
+
+    def sets(self) -> dict[str, Corpus]:
+        """The held-out sets, by name."""
+        return {name: Corpus(self.corpus_folder(name), "validation") for name in self.config.evaluate.sets}
 
     def corpus_folder(self, name: str) -> Path:
         return self.folder / "corpus" / name
@@ -107,7 +112,7 @@ class _Pipeline:
     def evaluate(self) -> None:
         """Each reference, then every checkpoint of every arm and seed, each in a folder of its own."""
         config = self.config.evaluate
-        sets = {name: Corpus(self.corpus_folder(name), "validation") for name in config.sets}
+        sets = self.sets()
         settings = EvaluateConfig(**config.model_dump(exclude={"sets", "explore"}))
         references = {name: self.reference_model(name) for name in self.config.references}
         for name, model in references.items():
