@@ -233,13 +233,20 @@ def test_best_model_and_patience_outlive_an_interruption(
 ) -> None:
     # So high a rate that the loss on the target rises again.
     arguments = {
-        "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 6, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
-        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_total_limit": 1,
-    }  # fmt: skip
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "max_steps": 5,
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+    }
     settings = {"early_stopping": early_stopping}
     run(tmp_path / "whole", arguments, **settings)
     last = steps(tmp_path / "whole")[-1]["step"]
-    assert (last == 6) == (early_stopping is None)
+    assert (last == 5) == (early_stopping is None)
     best, *_ = checkpoints(tmp_path / "whole" / "checkpoints")
     assert best.name != f"checkpoint-{last}"
     assert (best / "model.safetensors").read_bytes() == (tmp_path / "whole/model/model.safetensors").read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,12 +238,14 @@ def test_bad_records_are_listed_where_asked(tmp_path, tokenizer):
     assert manifest.facts["splits"]["train"]["documents"] == 2
 
 
-def test_a_model_with_too_few_embeddings_is_refused_with_both_sizes(corpus):
+def test_a_model_with_too_few_embeddings_or_positions_is_refused_with_both_sizes(corpus):
     blocks = Corpus(corpus)
-    blocks.check_vocabulary(300, "right")
-    blocks.check_vocabulary(512, "padded")
+    blocks.check_model(SimpleNamespace(vocab_size=300, max_position_embeddings=16), "right")
+    blocks.check_model(SimpleNamespace(vocab_size=512), "padded")
     with pytest.raises(MismatchError, match="token ids up to 299, model small has 256 embeddings"):
-        blocks.check_vocabulary(256, "small")
+        blocks.check_model(SimpleNamespace(vocab_size=256), "small")
+    with pytest.raises(MismatchError, match="blocks of 16 tokens, model short reads at most 8"):
+        blocks.check_model(SimpleNamespace(vocab_size=300, max_position_embeddings=8), "short")
 
 
 # Laziness

@@ -400,7 +400,7 @@ def other_scores(corpus: Path, architecture: dict, tmp_path_factory: pytest.Temp
 
 def test_several_references_become_one_column_by_their_rule(corpus: Path, scores: Path, other_scores: Path) -> None:
     both = {"wanted": ScoreStore(scores), "unwanted": ScoreStore(other_scores)}
-    a, b = (torch.from_numpy(store.row(3, ("ref_loss",))["ref_loss"]) for store in both.values())
+    a, b = (torch.tensor(store.row(3, ("ref_loss",))["ref_loss"]) for store in both.values())
     assert (a[1:] < b[1:]).any() and (a[1:] > b[1:]).any()
     rules: Mapping[Any, Tensor] = {"mean": (a + b) / 2, "min": a.minimum(b), "max": a.maximum(b), "weights": a - b}
     for rule, expected in rules.items():
@@ -506,9 +506,8 @@ def test_torch_compile_changes_no_loss(
 ) -> None:
     plain = losses(corpus, scores, architecture, selector, tmp_path)
     torch._dynamo.reset()
-    compiled = losses(
-        corpus, scores, architecture, selector, tmp_path, torch_compile=True, torch_compile_backend="aot_eager"
-    )
+    compiling = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    compiled = losses(corpus, scores, architecture, selector, tmp_path, **compiling)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert compiled == pytest.approx(plain, rel=1e-5)
 

@@ -328,12 +328,23 @@ class Corpus(Shards):
         names = ", ".join(dict.fromkeys(self.row(block, ("document_id",))["document_id"].tolist()))
         return f"block {block} of {self.folder / self.locate(block)[0]['file']} (documents {names})"
 
-    def check_vocabulary(self, model_vocab_size: int, model_name: str) -> None:
-        """Refuse a model that has no embedding for some of the corpus's tokens, naming both sizes."""
-        if model_vocab_size < self.vocab_size:
+    def check_model(self, config: Any, name: str) -> None:
+        """Refuse a model that can't read the corpus: too few embeddings, or positions, for it; both sides are named.
+
+        Args:
+            config: the model's Transformers config.
+            name: of the model, for the message.
+        """
+        if config.vocab_size < self.vocab_size:
             raise MismatchError(
-                f"the vocabularies differ: {self.folder} has token ids up to {self.vocab_size - 1}, model {model_name} "
-                f"has {model_vocab_size} embeddings. Use the model's own tokenizer, or a model with this one."
+                f"the vocabularies differ: {self.folder} has token ids up to {self.vocab_size - 1}, model {name} "
+                f"has {config.vocab_size} embeddings. Use the model's own tokenizer, or a model with this one."
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and positions < self.block_length:
+            raise MismatchError(
+                f"{self.folder} has blocks of {self.block_length} tokens, model {name} reads at most {positions}. Build "
+                "the corpus with a smaller --block-length, or take another model."
             )
 
 

@@ -147,7 +147,7 @@ def _evaluate_model(
     model = _load(entry, next(iter(missing.values()))) if missing else None
     for name, corpus in missing.items():
         assert model is not None
-        corpus.check_vocabulary(model.config.vocab_size, entry.model)
+        corpus.check_model(model.config, entry.model)
         check_tokenizer(ModelConfig(path=entry.model), corpus)
         loss = mean_loss(model, corpus, config.batch_size)
         row = {

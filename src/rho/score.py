@@ -112,7 +112,7 @@ def score_corpus(
 def load_reference(reference: ModelConfig, corpus: Corpus, precision: Precision = "float32") -> PreTrainedModel:
     """The reference in eval mode, frozen, checked against the corpus's tokenizer and vocabulary."""
     model = make_model(reference, corpus.vocab_size, precision=precision)
-    corpus.check_vocabulary(model.config.vocab_size, model_name(reference))
+    corpus.check_model(model.config, model_name(reference))
     check_tokenizer(reference, corpus)
     check_head(model)
     return model.to(device()).eval().requires_grad_(False)

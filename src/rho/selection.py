@@ -33,8 +33,8 @@ Scope = Literal["sequence", "batch", "step", "running", "dataset"]
 Weighting = Literal["mask", "softmax", "sigmoid", "exponential"]
 Combine = Literal["intersection", "union"]
 
-# How fast a running threshold follows the last step's quantile, and what part of the owed ratio a step pays back.
-FOLLOW, PAY_BACK = 0.5, 0.3
+# What part of its error a running threshold, and its slope, are moved by; what part of the owed ratio a step pays back.
+FOLLOW, BEND, PAY_BACK = 0.5, 0.15, 0.2
 
 Gather = Callable[[Tensor], list[Tensor]]  # a 1-D tensor of this rank -> those of all ranks, in order of ranks
 
@@ -323,11 +323,13 @@ class RunningThreshold:
 
     Attributes:
         value: the threshold; None before the first step.
-        owed: ratio asked for less ratio realised, summed over steps. It is paid back little by little: where scores
-            drift (as losses fall), a threshold that only follows them would select too few forever.
+        slope: its change from step to step. Scores drift as losses fall: without a slope the threshold lags behind and
+            far too little is selected.
+        owed: ratio asked for less ratio realised, summed over steps, and paid back little by little.
     """
 
     value: float | None = None
+    slope: float = 0.0
     owed: float = 0.0
 
     def follow(self, score_N: Tensor, ratio: float, realised: float, gather: Gather = lambda own: [own]) -> None:
@@ -344,7 +346,9 @@ class RunningThreshold:
         if len(score_N):
             lowest = score_N.kthvalue(len(score_N) + 1 - min(max(wanted, 1), len(score_N))).values
         found = float(torch.cat(gather(lowest.double()[None])).nanmean())
-        self.value = found if self.value is None else self.value + FOLLOW * (found - self.value)
+        error = 0.0 if self.value is None else found - self.value
+        self.slope += BEND * error
+        self.value = found if self.value is None else self.value + FOLLOW * error + self.slope
 
 
 @dataclass(frozen=True)

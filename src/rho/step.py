@@ -38,6 +38,8 @@ class Step:
         """
         bad, every = (torch.cat(gather(torch.cat(blocks))).tolist() for blocks in (self.bad_blocks, self.blocks))
         blocks = [block for block in bad or every if block >= 0]
+        if not blocks:
+            return "rows without a block number"
         corpus = getattr(rows, "corpus", None)
         if corpus is None:
             return f"blocks {', '.join(map(str, blocks[:8]))}"

@@ -169,7 +169,7 @@ def train(
         if stage.fresh:
             return stage.manifest
         network = make_model(model, corpus.vocab_size, config.seed)
-        corpus.check_vocabulary(network.config.vocab_size, model_name(model))
+        corpus.check_model(network.config, model_name(model))
         check_tokenizer(model, corpus)
         if "ref_loss" in selector.columns and target is not None:
             for name, store in data.stores.items():

@@ -21,7 +21,7 @@ from rho.data import Padded, RowOrder, collate
 from rho.durable import DurableTrainer
 from rho.errors import ConfigError, DataError, MismatchError, RhoError
 from rho.linear_loss import linear_loss_sum, linear_token_loss
-from rho.models import check_head, head, hidden_states
+from rho.models import check_head, head, hidden_states, plain
 from rho.objective import IGNORE_INDEX, num_to_select, predictors
 from rho.progress import say
 from rho.selection import Cut, RunningThreshold, Selector
@@ -158,8 +158,11 @@ class SelectiveTrainer(DurableTrainer):
                 "scope dataset needs the cut of the whole corpus: pass cut=TrainingBlocks(...).cut(selector)"
             )
         args.remove_unused_columns = False
+        compiled, args.torch_compile_backend = args.torch_compile_backend, "no"  # done below
         args.logging_first_step = True  # a reference equal to the model shows before the first update only
         check_head(model)
+        if args.torch_compile:  # selection has shapes that depend on the data: only the backbone gains from it
+            plain(model).base_model.compile(backend=compiled, mode=args.torch_compile_mode)
         model.forward = MethodType(selective_forward(selector), model)
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, train_dataset=Padded(train_dataset), **kwargs)
@@ -283,10 +286,9 @@ class SelectiveTrainer(DurableTrainer):
         selected, step = outputs["selected"], self._step
         step.done += 1
         step.selected = step.selected + selected.sum()
-        if "block" in inputs:
-            bad = (outputs["eligible"] & ~outputs["token_loss"].isfinite()).any(-1)
-            step.bad_blocks.append(inputs["block"][bad])
-            step.blocks.append(inputs["block"])
+        block = inputs.get("block", torch.full((len(selected),), -1, device=selected.device))
+        step.blocks.append(block)
+        step.bad_blocks.append(block[(outputs["eligible"] & ~outputs["token_loss"].isfinite()).any(-1)])
         if "score" in outputs:
             step.scores.append(outputs["score"][outputs["eligible"]].detach().float())
         # What a whole step was asked for is checked at its end, what a micro-batch was asked for there.
@@ -336,7 +338,12 @@ class SelectiveTrainer(DurableTrainer):
             record["tokens_per_second"] = round(tokens / (now - self._logged_at), 1)
             record["ratio_asked"] = self.selector.at(self.state.global_step - 1).ratio
             if self._threshold.value is not None:
-                record |= {"threshold": self._threshold.value, "ratio_owed": self._threshold.owed}
+                threshold = self._threshold
+                record |= {
+                    "threshold": threshold.value,
+                    "threshold_slope": threshold.slope,
+                    "ratio_owed": threshold.owed,
+                }
             if self._skipped:
                 record["skipped"] = self._skipped
             self._logged_at = now
@@ -404,7 +411,9 @@ class _Housekeeping(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         last = self.trainer.last_logged()
-        self.trainer._threshold = RunningThreshold(last.get("threshold"), last.get("ratio_owed", 0.0))
+        self.trainer._threshold = RunningThreshold(
+            last.get("threshold"), last.get("threshold_slope", 0.0), last.get("ratio_owed", 0.0)
+        )
         self.trainer._skipped = last.get("skipped", 0)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
