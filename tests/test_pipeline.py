@@ -139,7 +139,8 @@ def parameters(stage: Path) -> int:
     return sum(weight.numel() for weight in load_file(stage / "model" / "model.safetensors").values())
 
 
-DEMO_DATA = Path(__file__).parents[1] / ".." / "shared" / "data" / "demo"
+ROOT = Path(__file__).parents[1]
+DEMO_DATA = ROOT / ".." / "shared" / "data" / "demo"
 
 
 @pytest.mark.skipif(not DEMO_DATA.is_dir(), reason="the recipes' texts (../shared/data/demo) are not here")
@@ -148,7 +149,7 @@ DEMO_DATA = Path(__file__).parents[1] / ".." / "shared" / "data" / "demo"
 )
 def test_a_recipe_runs(tmp_path, monkeypatch, name):
     """With small models, little text and two steps; that its settings go together is what is seen here."""
-    monkeypatch.chdir(DEMO_DATA.parents[3])
+    monkeypatch.chdir(ROOT)
     tree = yaml.safe_load((pipeline.DEMO.parent / f"{name}.yaml").read_text())
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     steps = {"max_steps": 2, "save_steps": 1, "warmup_steps": 0}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -104,6 +106,11 @@ def test_a_ratio_out_of_range_is_refused_at_once(ratio: float) -> None:
         ({"weighting": "softmax", "retention": 0.1}, "soft weights"),
         ({"weighting": "sigmoid", "temperature": 0.0}, "temperature"),
         ({"retention": -0.1}, "retention"),
+        ({"retention": 0.1, "scope": "running"}, "retention"),
+        ({"score": "random", "scope": "dataset"}, "dataset needs a score that does not change"),
+        ({"score": "ref_loss", "scope": "dataset", "schedule": Schedule(((0, 0.5),))}, "not a schedule"),
+        ({"second": Selector(ratio=0.5, retention=0.1)}, "only score, ratio, schedule and seed count"),
+        ({"second": Selector(ratio=0.5, second=Selector(ratio=0.5))}, "only score, ratio, schedule and seed count"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings_: dict, message: str) -> None:
@@ -161,6 +168,10 @@ def slow_step(rows: list[list[tuple[float, bool]]], ratio: float) -> list[list[b
     return [[(r, t) in chosen for t in range(8)] for r in range(len(rows))]
 
 
+def _next(calls: Iterator[list[Tensor]], _: Tensor) -> list[Tensor]:
+    return next(calls)
+
+
 @settings(max_examples=1000, deadline=None)
 @given(
     st.lists(tokens, min_size=8, max_size=8),
@@ -187,10 +198,20 @@ def test_step_scope_is_the_exact_ranking_for_any_cut_into_micro_batches_and_rank
     found = torch.zeros_like(eligible)
     for r in range(ranks):
         calls = iter([[flat[q][0] for q in range(ranks)], [flat[q][1] for q in range(ranks)]])
-        masks = selector.select_step([[s] for s, _ in own[r]], [e for _, e in own[r]], lambda _: next(calls), r)
+        gather = functools.partial(_next, calls)
+        masks = selector.select_step([[s] for s, _ in own[r]], [e for _, e in own[r]], gather, r)
         for start, mask in zip(starts[r], masks, strict=True):
             found[start : start + size] = mask
     assert found.tolist() == slow_step(rows, ratio)
+
+
+def test_ties_of_a_step_go_by_micro_batch_before_rank() -> None:
+    # Two ranks, two micro-batches of one row of two tokens, all of one score: five of eight are asked for.
+    eligible, score = [torch.ones(1, 2, dtype=torch.bool)] * 2, [[torch.zeros(1, 2)]] * 2
+    selector = Selector("loss", 5 / 8, "step")
+    for rank, expected in enumerate(([[True, True], [True, False]], [[True, True], [False, False]])):
+        masks = selector.select_step(score, eligible, lambda own: [own, own], rank)
+        assert torch.cat(masks).tolist() == expected
 
 
 # --- scope running and dataset -----------------------------------------------------------------------------------

@@ -343,8 +343,8 @@ class Corpus(Shards):
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and positions < self.block_length:
             raise MismatchError(
-                f"{self.folder} has blocks of {self.block_length} tokens, model {name} reads at most {positions}. Build "
-                "the corpus with a smaller --block-length, or take another model."
+                f"{self.folder} has blocks of {self.block_length} tokens, model {name} reads at most {positions}. "
+                "Build the corpus with a smaller --block-length, or take another model."
             )
 
 

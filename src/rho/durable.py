@@ -66,6 +66,7 @@ class EarlyStopping(EarlyStoppingCallback):
     """Goes on with the patience that a checkpoint had left; `Trainer` starts anew with all of it."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Take up the count of evaluations without a better loss."""
         super().on_train_begin(args, state, control)
         attributes = state.stateful_callbacks[type(self).__name__]["attributes"]
         self.early_stopping_patience_counter = attributes["early_stopping_patience_counter"]

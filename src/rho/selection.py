@@ -110,7 +110,7 @@ class Selector:
             self.second.score, self.second.ratio, self.scope, self.second.schedule, seed=self.second.seed
         ):
             raise ValueError(
-                "of the second selection only score, ratio, schedule and seed count: give what else there is to the first"
+                "of the second selection only score, ratio, schedule and seed count: give all else to the first"
             )
         if self.scope == "dataset" and self.selective and self.score not in ("ref_loss", "ref_entropy"):
             raise ValueError(

@@ -1,0 +1,205 @@
+"""Seeded faults: each is one change to the source and a test that must then fail (`test_mutations.py`).
+
+They are the mistakes seen in other implementations of the paper, and those that our own rules invite.
+"""
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One fault: in `file`, `old` (which stands there once) becomes `new`; `test` catches it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+def step(example: str) -> str:
+    return f"test_trainer.py::test_a_step_equals_the_formula[{example}]"
+
+
+STORED_SCORES = "test_score.py::test_stored_scores_are_the_reference_s_losses_and_entropies_on_full_logits"
+FROZEN = "test_score.py::test_the_reference_is_scored_frozen_and_in_eval_mode"
+NO_LABEL = "test_objective.py::test_first_and_special_and_ignored_tokens_have_no_label"
+EQ_5 = "test_objective.py::test_eq_5_selects_the_rounded_share_by_rank_and_ties_go_to_the_earlier_token"
+
+MUTATIONS = [
+    Mutation(
+        "hidden states are not shifted",
+        "objective.py",
+        "return F.pad(states_BTX[:, :-1], (0, 0, 1, 0))",
+        "return states_BTX",
+        "test_objective.py::test_the_one_shift_moves_every_row_one_down_and_nothing_predicts_a_first_token",
+    ),
+    Mutation(
+        "hidden states are shifted twice",
+        "trainer.py",
+        "hidden_ND = predictors(hidden_states(model, input_ids, position_ids))",
+        "hidden_ND = predictors(predictors(hidden_states(model, input_ids, position_ids)))",
+        step("excess-sequence"),
+    ),
+    Mutation(
+        "first tokens keep their label",
+        "objective.py",
+        "without = position_ids_BT == 0",
+        "without = position_ids_BT < 0",
+        NO_LABEL,
+    ),
+    Mutation(
+        "special tokens are eligible",
+        "objective.py",
+        "without = without | torch.isin(input_ids_BT, special_ids)",
+        "pass",
+        NO_LABEL,
+    ),
+    Mutation(
+        "tokens whose score is NaN are eligible",
+        "selection.py",
+        "eligible = eligible & columns[name].isfinite()",
+        "pass",
+        "test_selection.py::test_tokens_without_label_or_score_are_neither_selected_nor_counted",
+    ),
+    Mutation(
+        "the denominator is each micro-batch's own count",
+        "trainer.py",
+        'loss = outputs["loss"] / num_items_in_batch * self.accelerator.num_processes',
+        'loss = outputs["loss"] / outputs["selected"].sum().clamp(min=1)',
+        step("excess-sequence"),
+    ),
+    Mutation(
+        "the loss is a mean of the micro-batches' means",
+        "trainer.py",
+        'loss = outputs["loss"] / num_items_in_batch * self.accelerator.num_processes',
+        'loss = outputs["loss"] / outputs["selected"].sum().clamp(min=1) / self._step.micro_batches',
+        step("excess-step"),
+    ),
+    Mutation(
+        "the denominator is the number of eligible tokens",
+        "trainer.py",
+        'loss = outputs["loss"] / num_items_in_batch * self.accelerator.num_processes',
+        'loss = outputs["loss"] / outputs["eligible"].sum()',
+        step("excess-batch"),
+    ),
+    Mutation(
+        "the mask is inverted",
+        "objective.py",
+        "chosen = eligible_in_order & (eligible_in_order.cumsum(-1) <= wanted)",
+        "chosen = eligible_in_order & (eligible_in_order.cumsum(-1) > wanted)",
+        EQ_5,
+    ),
+    Mutation(
+        "ties select more than k",
+        "objective.py",
+        "chosen = eligible_in_order & (eligible_in_order.cumsum(-1) <= wanted)",
+        "in_order = score_RN.masked_fill(~eligible_RN, -torch.inf).gather(-1, order)\n"
+        "    chosen = eligible_in_order & (in_order >= in_order.gather(-1, (wanted - 1).clamp(min=0)))",
+        EQ_5,
+    ),
+    Mutation(
+        "k is rounded up",
+        "objective.py",
+        "torch.round(num_eligible.double() * ratio)",
+        "torch.ceil(num_eligible.double() * ratio)",
+        "test_objective.py::test_the_count_rounds_as_python_does_and_is_no_float_trap",
+    ),
+    Mutation(
+        "the excess is absolute",
+        "objective.py",
+        "return loss_BT - ref_loss_BT",
+        "return (loss_BT - ref_loss_BT).abs()",
+        "test_objective.py::test_eq_3_is_the_signed_difference",
+    ),
+    Mutation(
+        "the excess has the other sign",
+        "objective.py",
+        "return loss_BT - ref_loss_BT",
+        "return ref_loss_BT - loss_BT",
+        "test_objective.py::test_eq_3_is_the_signed_difference",
+    ),
+    Mutation(
+        "logits are taken for log-probabilities",
+        "linear_loss.py",
+        "loss_N[rows] = total.log() + top.squeeze(-1) - target",
+        "loss_N[rows] = -target",
+        "test_linear_loss.py::test_token_losses_and_entropies_equal_the_slow_twin",
+    ),
+    Mutation(
+        "the reference scores in train mode",
+        "score.py",
+        "return model.to(device()).eval().requires_grad_(False)",
+        "return model.to(device()).train().requires_grad_(False)",
+        FROZEN,
+    ),
+    Mutation(
+        "the reference receives gradients",
+        "score.py",
+        "return model.to(device()).eval().requires_grad_(False)",
+        "return model.to(device()).eval()",
+        FROZEN,
+    ),
+    Mutation(
+        "the reference's losses are stored one place off",
+        "score.py",
+        '{"ref_loss": loss.astype(dtype),',
+        '{"ref_loss": np.roll(loss, -1, 1).astype(dtype),',
+        STORED_SCORES,
+    ),
+    Mutation(
+        "the random score ignores the step",
+        "selection.py",
+        "_mix(_mix(torch.tensor(seed, device=block_B.device)) + draw)",
+        "_mix(_mix(torch.tensor(seed, device=block_B.device)))",
+        "test_selection.py::test_random_scores_depend_on_seed_step_and_block_but_not_on_the_batch",
+    ),
+    Mutation(
+        "retention is subtracted",
+        "trainer.py",
+        "active.retention * asked.double() / rest",
+        "-active.retention * asked.double() / rest",
+        step("retention"),
+    ),
+    Mutation(
+        "soft weights are not normalised",
+        "selection.py",
+        "return (weight / mean.clamp(min=torch.finfo(weight.dtype).tiny)).view(shape)",
+        "return weight.view(shape)",
+        "test_selection.py::test_soft_weights_follow_their_formulas",
+    ),
+    Mutation(
+        "the count of a running threshold is not put right",
+        "trainer.py",
+        "correction = step.asked / actual",
+        "correction = 1.0",
+        step("excess-running"),
+    ),
+    Mutation(
+        "ties of a step go by rank before micro-batch",
+        "selection.py",
+        "position = all_micros.argsort(stable=True)",
+        "position = torch.arange(len(all_micros))",
+        "test_selection.py::test_ties_of_a_step_go_by_micro_batch_before_rank",
+    ),
+    Mutation(
+        "every epoch has the same order",
+        "data.py",
+        "(self.seed << 32) + self.epoch",
+        "self.seed << 32",
+        "test_trainer.py::test_rows_come_once_an_epoch_in_an_order_of_the_epochs_own",
+    ),
+    Mutation(
+        "a resumed run reads the data from the start",
+        "train.py",
+        "seed=config.seed, disable_tqdm=True)",
+        "seed=config.seed, disable_tqdm=True, ignore_data_skip=True)",
+        "test_train.py::test_an_interrupted_run_ends_bit_identical[excess]",
+    ),
+    Mutation(
+        "page checksums are not verified",
+        "store.py",
+        "page_checksum_verification=True)",
+        "page_checksum_verification=False)",
+        "test_store.py::test_pages_are_checked_at_every_read_not_only_when_the_file_is_opened",
+    ),
+]
