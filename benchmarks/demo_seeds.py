@@ -3,7 +3,7 @@
     python benchmarks/demo_seeds.py [PART ...] [--out FOLDER]      about half an hour on two cores
 
 The parts (`one` seed, to be timed on a quiet machine; the `first` and the `second` run of all seeds) may be done one by
-one: the result is written when all are there.
+one: the result is written when both runs of all seeds are there.
 
 Writes benchmarks/results/demo.json; `python benchmarks/write_results.py` makes docs/results.md of it.
 """
@@ -70,19 +70,17 @@ def main() -> None:
     for part in arguments.parts:
         measured = run_demo(out / part, PARTS[part])
         (out / f"{part}.json").write_text(json.dumps(measured))
-    missing = [part for part in PARTS if not (out / f"{part}.json").is_file()]
-    if missing:
-        print(f"still to do: {' '.join(missing)}")
+    runs = {part: json.loads(file.read_text()) for part in PARTS if (file := out / f"{part}.json").is_file()}
+    if not runs.keys() >= {"first", "second"}:
+        print(f"done: {' '.join(runs)}; still to do: {' '.join(PARTS.keys() - runs.keys())}")
         return
-    one, first, second = (weights(out / part) for part in PARTS)
-    runs = {part: json.loads((out / f"{part}.json").read_text()) for part in PARTS}
+    first, second = weights(out / "first"), weights(out / "second")
     result = {
         "machine": f"{os.cpu_count()} x {cpu_name()}",
         "environment": environment(),
         "runs": runs,
         "weights": first,
-        "second_run_identical": first == second,
-        "one_seed_identical": one.items() <= first.items(),
+        "repeated": {name: second[name] == first[name] for name in second},
         "summary": json.loads((out / "first" / "report" / "summary.json").read_bytes()),
     }
     RESULT.parent.mkdir(exist_ok=True)

@@ -184,8 +184,8 @@ MUTATIONS = [
     Mutation(
         "every epoch has the same order",
         "data.py",
-        "(self.seed << 32) + self.epoch",
-        "self.seed << 32",
+        "default_rng([self.seed, self.epoch])",
+        "default_rng([self.seed])",
         "test_trainer.py::test_rows_come_once_an_epoch_in_an_order_of_the_epochs_own",
     ),
     Mutation(

@@ -23,7 +23,7 @@ from rho import train as stage
 from rho.checkpoints import HASHES, check, checkpoints, damage, newest_good
 from rho.corpus import Corpus
 from rho.data import TrainingBlocks
-from rho.errors import ConfigError, DataError
+from rho.errors import ConfigError, DataError, RhoError
 from rho.evaluate import checkpoints_of
 from rho.fit import keep_rows_a_step
 from rho.models import ModelConfig, make_model
@@ -231,24 +231,22 @@ def test_random_state_threshold_and_data_position_are_restored(
 def test_best_model_and_patience_outlive_an_interruption(
     early_stopping: int | None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So high a rate that the loss on the target rises again.
     arguments = {
-        "learning_rate": 1.0,
-        "lr_scheduler_type": "constant",
         "max_steps": 5,
         "save_steps": 1,
-        "save_total_limit": 1,
+        "save_total_limit": 2,
         "eval_strategy": "steps",
         "eval_steps": 1,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,  # so that the first is the best
     }
     settings = {"early_stopping": early_stopping}
     run(tmp_path / "whole", arguments, **settings)
     last = steps(tmp_path / "whole")[-1]["step"]
     assert (last == 5) == (early_stopping is None)
     best, *_ = checkpoints(tmp_path / "whole" / "checkpoints")
-    assert best.name != f"checkpoint-{last}"
+    assert best.name == "checkpoint-1"
     assert (best / "model.safetensors").read_bytes() == (tmp_path / "whole/model/model.safetensors").read_bytes()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, last)
@@ -300,10 +298,10 @@ def test_sigterm_leaves_a_good_checkpoint_and_exit_0_and_the_same_command_goes_o
 
 
 class Poison(TrainerCallback):
-    """Makes losses, or gradients alone, NaN in some (1-based) steps; weights and optimizer must not change in them."""
+    """Makes losses, or gradients alone, NaN in some (1-based) steps; notes in which the model or optimizer changed."""
 
     def __init__(self, trainer: SelectiveTrainer, what: str, at: set[int]) -> None:
-        self.at, self.step, self.states = at, 0, []
+        self.step, self.states, self.changed = 0, [], set()
         self.trainer = trainer
         embedding = trainer.model.get_input_embeddings()
         if what == "loss":
@@ -317,10 +315,9 @@ class Poison(TrainerCallback):
         self.states.append(self.state())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.step in self.at:
-            before, after = self.states[-1], self.state()
-            assert before.keys() == after.keys()
-            assert all(torch.equal(before[name], after[name]) for name in before)
+        before, after = self.states[-1], self.state()
+        if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
+            self.changed.add(self.step)
 
     def state(self) -> dict[str, torch.Tensor]:
         found = {name: p.detach().clone() for name, p in self.trainer.model.named_parameters()}
@@ -337,7 +334,7 @@ def poisoned(corpus: Path, scores: Path, architecture: dict, tmp_path: Path) -> 
         selector = Selector("excess", 0.6, scope)  # type: ignore[arg-type]
         trainer = make_trainer(model, selector, data, tmp_path, **arguments)
         trainer.skip_nonfinite, trainer.step_log = budget, tmp_path / "steps.jsonl"
-        Poison(trainer, what, at)
+        trainer.poison = Poison(trainer, what, at)
         return trainer
 
     return poisoned
@@ -348,7 +345,10 @@ def poisoned(corpus: Path, scores: Path, architecture: dict, tmp_path: Path) -> 
 def test_steps_that_are_not_finite_are_left_out_within_the_budget(
     what: str, scope: str, poisoned: Any, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    poisoned(what, {2, 3}, 2, scope, max_steps=5, gradient_accumulation_steps=2, per_device_train_batch_size=2).train()
+    cut = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    trainer = poisoned(what, {2, 3}, 2, scope, max_steps=5, **cut)
+    trainer.train()
+    assert trainer.poison.changed == {1, 4, 5}
     text = (tmp_path / "steps.jsonl").read_text()
     assert "NaN" not in text
     assert [(r["step"], r.get("skipped"), r["tokens_seen"]) for r in steps(tmp_path)] == [
@@ -364,8 +364,16 @@ def test_the_first_step_beyond_the_budget_stops_training_and_the_budget_outlives
 ) -> None:
     poisoned("loss", {2}, 1, max_steps=3, save_steps=3).train()
     trainer = poisoned("loss", {5}, 1, max_steps=6)
-    with pytest.raises(Exception, match=r"step 5: .* \(documents doc-.*Training stopped before the update"):
+    with pytest.raises(RhoError, match=r"step 5: .* \(documents doc-.*Training stopped before the update"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-3"))
+
+
+@pytest.mark.parametrize(("what", "stops_at"), [("loss", 2), ("gradient", 3)])
+def test_with_a_loss_scaler_gradients_may_overflow_but_losses_may_not(what: str, stops_at: int, poisoned: Any) -> None:
+    trainer = poisoned(what, {2}, 0, max_steps=3, save_strategy="no")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)  # lets the bad update through
+    with pytest.raises(RhoError, match=f"step {stops_at}: loss or gradient is not finite"):
+        trainer.train()
 
 
 def test_an_infinite_score_is_an_error_that_names_block_and_store(

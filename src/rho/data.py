@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -152,6 +153,5 @@ class RowOrder(Sampler[int]):
         return self.rows + -self.rows % self.batch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
-        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.rows).tolist()
         yield from [-1] * (len(self) - self.rows)
