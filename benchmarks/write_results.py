@@ -63,8 +63,8 @@ def timing(one: dict[str, Any] | None) -> str:
     if one is None:
         return "One seed was not timed on a quiet machine with these settings."
     return (
-        f"One seed with three arms took {one['seconds']:.0f} s ({one['first_line_seconds']:.1f} s to the first progress "
-        f"line, peak memory {one['peak_memory_mib']} MiB, {one['threads']} threads)."
+        f"One seed with three arms took {one['seconds']:.0f} s ({one['first_line_seconds']:.1f} s to the first "
+        f"progress line, peak memory {one['peak_memory_mib']} MiB, {one['threads']} threads)."
     )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
