@@ -59,7 +59,8 @@ def test_an_interrupted_evaluation_goes_on_after_the_last_line(
     monkeypatch.setattr(rho.evaluate, "mean_loss", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(EvaluateConfig(), models, {"a": text}, tmp_path)
-    with (tmp_path / ".losses.jsonl").open("a") as file:
+    [unfinished] = tmp_path.glob(".losses-*.jsonl")
+    with unfinished.open("a") as file:
         file.write('{"cut": ')  # as a kill would leave it
     evaluate(EvaluateConfig(), models, {"a": text}, tmp_path)
     assert calls == 3 and len(rows_of(tmp_path)) == 2

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 from rho.corpus import Corpus
 from rho.data import TrainingBlocks, collate
 from rho.errors import ConfigError, MismatchError, RhoError
-from rho.models import ModelConfig, check_head, make_model
+from rho.models import ModelConfig, check_head, check_isolation, make_model
 from rho.objective import excess_loss, select_top, token_loss
 from rho.score import ScoreConfig, score_corpus
 from rho.selection import Selector
@@ -118,6 +118,7 @@ def test_sequence_scope_gives_the_same_weights_however_a_step_is_cut(
 ) -> None:
     for size, accumulation in ((8, 1), (4, 2), (2, 4)):
         cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 3}
+        cut |= {"optim": "sgd", "learning_rate": 0.5}  # Adam would blow up the last bits of small gradients
         out = tmp_path / str(size)
         train(config(score=score, arguments=cut), Corpus(corpus), model_config, out, ScoreStore(scores))
     for size in (4, 2):
@@ -287,3 +288,18 @@ def test_a_loss_that_diverges_stops_the_training(corpus: Path, model_config: Mod
         RhoError, match=r"step 2: loss or gradient is not finite.*train-0000\d.parquet \(documents doc-"
     ):
         train(config(ratio=1.0, arguments=wild), Corpus(corpus), model_config, tmp_path / "x")
+
+
+def test_isolated_documents_need_a_model_that_keeps_them_apart(architecture: dict) -> None:
+    check_isolation(make_model(ModelConfig(architecture={**architecture, "initializer_range": 0.5}), 50), True)
+    settings = {"model_type": "opt", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}
+    leaky = make_model(ModelConfig(architecture={**settings, "word_embed_proj_dim": 16, "init_std": 0.5}), 50)
+    check_isolation(leaky, False)
+    with pytest.raises(MismatchError, match="see each other"):
+        check_isolation(leaky, True)
+
+
+def test_a_capped_head_is_refused_by_name_however_small_its_logits(architecture: dict) -> None:
+    capped = make_model(ModelConfig(architecture={**architecture, "model_type": "gemma2", "head_dim": 8}), 50)
+    with pytest.raises(MismatchError, match="final_logit_softcapping"):
+        check_head(capped)

@@ -78,7 +78,7 @@ class TrainSection(_Section):
     """
 
     arms: dict[Name, TrainConfig] = Field(min_length=1)
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1)
     arguments: Arguments = {}
     allow_weak_reference: bool = False
 
@@ -112,7 +112,7 @@ class RunConfig(_Section):
 
     name: Name
     tokenizer: TokenizerSection
-    corpora: dict[str, CorpusConfig] = Field(min_length=1)
+    corpora: dict[Name, CorpusConfig] = Field(min_length=1)
     model: ModelConfig
     references: dict[Name, ReferenceSection] = Field(min_length=1)
     corpus: str

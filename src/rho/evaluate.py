@@ -21,10 +21,10 @@ from rho.checkpoints import check
 from rho.corpus import Corpus
 from rho.data import CombineReferences, combined
 from rho.errors import DataError
-from rho.models import ModelConfig, check_head, device, make_model, source_hash
+from rho.models import ModelConfig, check_head, check_isolation, device, make_model, source_hash
 from rho.objective import IGNORE_INDEX, excess_loss
 from rho.progress import track
-from rho.runs import Manifest, atomic_write, open_stage, read_manifest
+from rho.runs import Manifest, atomic_write, hash_json, open_stage, read_manifest
 from rho.score import check_tokenizer, load_reference, mean_loss, score_batch
 from rho.selection import Selector
 
@@ -107,7 +107,7 @@ def evaluate(
     with open_stage(out, "evaluate", settings, inputs) as stage:
         if stage.fresh:
             return stage.manifest
-        unfinished = stage.folder / ".losses.jsonl"
+        unfinished = stage.folder / f".losses-{hash_json(inputs)[:12]}.jsonl"  # of just these models and sets
         rows = _finished_rows(unfinished)
         total = len(models) * sum(len(corpus) * corpus.block_length for corpus in sets.values())
         with track(f"evaluate {stage.folder.name}", total) as advance:
@@ -168,6 +168,7 @@ def _evaluate_model(
 def _load(entry: Checkpoint, corpus: Corpus) -> PreTrainedModel:
     model = make_model(ModelConfig(path=entry.model), corpus.vocab_size)
     check_head(model)
+    check_isolation(model, corpus.isolated)
     return model.to(device()).eval()
 
 

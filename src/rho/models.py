@@ -54,6 +54,8 @@ class ModelConfig(BaseModel):
         return self
 
 
+# A capped or scaled head looks like a plain one as long as its logits are small, so these are refused by name.
+LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -157,7 +159,14 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         MismatchError: with the largest difference seen.
     """
-    ids = torch.arange(8, device=model.device)[None] % plain(model).config.vocab_size
+    config = plain(model).config
+    for setting in LOGIT_SETTINGS:
+        if getattr(config, setting, None) not in (None, 1.0):
+            raise MismatchError(
+                f"{type(model).__name__}: its config's {setting} ({getattr(config, setting)}) scales or caps its "
+                "logits, which rho does not support yet."
+            )
+    ids = torch.arange(8, device=model.device)[None] % config.vocab_size
     was_training = model.training
     model.eval()
     logits = model(input_ids=ids, use_cache=False).logits.float()
@@ -170,6 +179,33 @@ def check_head(model: PreTrainedModel) -> None:
         raise MismatchError(
             f"{type(model).__name__}: its logits differ from hidden states times head by up to {difference:.3g}: it "
             "scales or caps its logits, which rho does not support yet."
+        )
+
+
+@torch.no_grad()
+def check_isolation(model: PreTrainedModel, isolated: bool) -> None:
+    """Refuse, for isolated documents, a model that lets one document of a block see another.
+
+    Restarting position ids keep documents apart in most models, but not where attention or state does not read them.
+
+    Raises:
+        MismatchError: changing the first document changed the second.
+    """
+    if not isolated:
+        return
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(8, device=model.device) % plain(model).config.vocab_size
+    changed = ids.clone()
+    changed[:4] = ids[4:].flip(0)
+    positions = torch.arange(4, device=model.device).repeat(2)[None]
+    seen = [hidden_states(model, row[None], positions)[0, 4:].float() for row in (ids, changed)]
+    model.train(was_training)
+    difference = (seen[0] - seen[1]).abs().max().item()
+    if not difference <= 1e-3 * max(1.0, seen[0].abs().max().item()):
+        raise MismatchError(
+            f"{type(model).__name__}: documents in a block see each other in it (by {difference:.3g}), whatever their "
+            "position ids say. Build the corpus without --isolated, or take another model."
         )
 
 

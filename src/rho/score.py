@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from rho.models import (
     ModelConfig,
     Precision,
     check_head,
+    check_isolation,
     device,
     head,
     hidden_states,
@@ -115,6 +117,7 @@ def load_reference(reference: ModelConfig, corpus: Corpus, precision: Precision 
     corpus.check_model(model.config, model_name(reference))
     check_tokenizer(reference, corpus)
     check_head(model)
+    check_isolation(model, corpus.isolated)
     return model.to(device()).eval().requires_grad_(False)
 
 
@@ -122,10 +125,13 @@ def check_tokenizer(model: ModelConfig, corpus: Corpus) -> None:
     """Refuse a model that comes with another tokenizer than the corpus's, naming both."""
     if model.path is None:
         return
+    folder = Path(model_folder(model.path))
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        return  # comes without a tokenizer (the library would make one up): the vocabulary check is all there is
     try:
-        own = Tokenizer.load(model_folder(model.path), corpus.tokenizer.eos)
+        own = Tokenizer.load(folder if folder.is_dir() else model.path, corpus.tokenizer.eos)
     except ConfigError:
-        return  # comes without a tokenizer: the vocabulary check is all there is
+        return
     if own.fingerprint != corpus.tokenizer.fingerprint:
         raise MismatchError(
             f"the tokenizers differ: {corpus.folder} was made with {corpus.tokenizer.fingerprint[:12]} "

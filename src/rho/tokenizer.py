@@ -49,6 +49,9 @@ class Tokenizer:
         known: tuple[str, ...] = ()
         if file.is_file():
             backend = _from_file(file)
+        elif (file / "tokenizer.json").is_file():  # the file itself, not what a model's tokenizer class makes of it
+            backend = _from_file(file / "tokenizer.json")
+            known = _named_eos(file / "tokenizer_config.json")
         else:
             backend, config_eos = _from_pretrained(str(path))
             known = (config_eos,) if config_eos else ()
@@ -110,6 +113,16 @@ def _from_file(file: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception
         raise ConfigError(f"{file}: not a tokenizer.json ({error}).") from error
+
+
+def _named_eos(config: Path) -> tuple[str, ...]:
+    """The end-of-document token that a tokenizer_config.json names, if there is one."""
+    try:
+        eos = json.loads(config.read_bytes())["eos_token"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    return (eos,) if isinstance(eos, str) else ()
 
 
 def _from_pretrained(name: str) -> tuple[tokenizers.Tokenizer, str | None]:

@@ -21,7 +21,7 @@ from rho.data import CombineReferences, TrainingBlocks
 from rho.durable import EarlyStopping
 from rho.errors import ConfigError, MismatchError
 from rho.fit import fit, keep_rows_a_step
-from rho.models import ModelConfig, device, make_model, model_name, save_model, source_hash, with_lora
+from rho.models import ModelConfig, check_isolation, device, make_model, model_name, save_model, source_hash, with_lora
 from rho.progress import say
 from rho.runs import Manifest, atomic_write, environment, open_stage
 from rho.score import check_tokenizer, mean_loss
@@ -168,9 +168,11 @@ def train(
     with open_stage(out, "train", config.model_dump(mode="json"), inputs, follow=rank() > 0) as stage:
         if stage.fresh:
             return stage.manifest
+        _check_not_itself(config, inputs["model"], data)
         network = make_model(model, corpus.vocab_size, config.seed)
         corpus.check_model(network.config, model_name(model))
         check_tokenizer(model, corpus)
+        check_isolation(network, corpus.isolated)
         if "ref_loss" in selector.columns and target is not None:
             for name, store in data.stores.items():
                 if (config.references.weights or {}).get(name, 1.0) < 0:
@@ -228,6 +230,19 @@ def write_card(path: Path, config: TrainConfig, base: str, inputs: dict[str, str
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     with atomic_write(path) as file:
         file.write(CARD.format(rows=rows).encode())
+
+
+def _check_not_itself(config: TrainConfig, model_hash: str, data: TrainingBlocks) -> None:
+    """Refuse to rank by excess loss over a reference that is the model itself: the excess would be zero."""
+    selector = config.selector
+    if not selector.selective or all(part.score != "excess" for part in selector.parts):
+        return
+    for store in data.stores.values():
+        if store.manifest.inputs["reference"] == model_hash:
+            raise MismatchError(
+                f"{store.folder}: the reference and the model to train are the same weights, so the excess loss is zero. "
+                "Give another reference or another model."
+            )
 
 
 def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
