@@ -596,15 +596,13 @@ def test_a_lora_training_ends_in_a_plain_model_with_the_adapted_models_logits(
     pytest.importorskip("peft")
     data = TrainingBlocks(Corpus(corpus), ScoreStore(scores))
     model = adapted(architecture, lora)
-    base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = make_trainer(
         model, Selector("excess", 0.6, "step"), data, tmp_path, activation_checkpointing=True, learning_rate=1e-2
     )
     trainer.train()
-    log = [entry["loss_all"] for entry in trainer.state.log_history if "loss_all" in entry]
-    assert log[-1] < log[0]
-    for name, before in base.items():
-        assert torch.equal(dict(model.named_parameters())[name], before), f"{name} is frozen"
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, f"{name}: adapters alone are trained"
     del model.forward
     ids = data[0]["input_ids"][None]
     expected = model.eval()(input_ids=ids).logits
@@ -674,7 +672,7 @@ def test_the_best_model_on_the_target_is_the_one_kept(
     corpus: Path, scores: Path, model_config: ModelConfig, tmp_path: Path
 ) -> None:
     # Ever larger steps: the loss falls, then rises.
-    worse = {**EVALUATING, "learning_rate": 0.3, "warmup_steps": 12, "max_steps": 12, "load_best_model_at_end": True}
+    worse = {**EVALUATING, "learning_rate": 2.0, "warmup_steps": 12, "max_steps": 12, "load_best_model_at_end": True}
     target, out = Corpus(corpus, "validation"), tmp_path / "slm"
     config = TrainConfig(ratio=0.6, arguments=worse)
     train(config, Corpus(corpus), model_config, out, ScoreStore(scores), target, allow_weak_reference=True)

@@ -240,8 +240,8 @@ def _check_not_itself(config: TrainConfig, model_hash: str, data: TrainingBlocks
     for store in data.stores.values():
         if store.manifest.inputs["reference"] == model_hash:
             raise MismatchError(
-                f"{store.folder}: the reference and the model to train are the same weights, so the excess loss is zero. "
-                "Give another reference or another model."
+                f"{store.folder}: the reference and the model to train are the same weights, so the excess loss is "
+                "zero. Give another reference or another model."
             )
 
 
