@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/rho demo $(DEMO_ARGS)
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .

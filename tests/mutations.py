@@ -142,8 +142,8 @@ MUTATIONS = [
     Mutation(
         "the reference's losses are stored one place off",
         "score.py",
-        '{"ref_loss": loss.astype(dtype),',
-        '{"ref_loss": np.roll(loss, -1, 1).astype(dtype),',
+        "np.concatenate(values) for name",
+        "np.roll(np.concatenate(values), -1, 1) for name",
         STORED_SCORES,
     ),
     Mutation(
@@ -191,8 +191,8 @@ MUTATIONS = [
     Mutation(
         "a resumed run reads the data from the start",
         "train.py",
-        "seed=config.seed, disable_tqdm=True)",
-        "seed=config.seed, disable_tqdm=True, ignore_data_skip=True)",
+        '"disable_tqdm": True,',
+        '"disable_tqdm": True, "ignore_data_skip": True,',
         "test_train.py::test_an_interrupted_run_ends_bit_identical[excess]",
     ),
     Mutation(

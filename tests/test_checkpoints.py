@@ -24,7 +24,7 @@ from rho.checkpoints import HASHES, check, checkpoints, damage, newest_good
 from rho.corpus import Corpus
 from rho.data import TrainingBlocks
 from rho.errors import ConfigError, DataError, RhoError
-from rho.evaluate import checkpoints_of
+from rho.evaluate import EvaluateConfig, checkpoints_of, evaluate
 from rho.fit import keep_rows_a_step
 from rho.models import ModelConfig, make_model
 from rho.runs import Manifest, Stage
@@ -172,12 +172,13 @@ def test_with_every_checkpoint_damaged_a_run_starts_from_scratch_and_says_so(
     assert_same(whole, cut)
 
 
-def test_a_damaged_checkpoint_is_not_evaluated(whole: Path, tmp_path: Path) -> None:
-    assert len(checkpoints_of(whole, "arm")) == 3
+def test_a_damaged_checkpoint_is_not_evaluated(whole: Path, corpus: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(whole, tmp_path / "copy")
     flip(copy / "checkpoints" / "checkpoint-2" / "model.safetensors", 4321)
+    found = checkpoints_of(copy, "arm")
+    assert len(found) == 3
     with pytest.raises(DataError, match=r"checkpoint-2: damaged checkpoint \(model.safetensors: content changed\)"):
-        checkpoints_of(copy, "arm")
+        evaluate(EvaluateConfig(), found, {"held-out": Corpus(corpus, "validation")}, tmp_path / "out")
 
 
 def test_removing_a_checkpoint_leaves_it_whole_or_gone(

@@ -5,9 +5,9 @@ import copy
 import pytest
 import yaml
 
-from rho.config import assignments, load_config
+from rho.config import assignments, load_config, save_config
 from rho.errors import ConfigError
-from rho.pipeline import DEMO, write_yaml
+from rho.pipeline import DEMO
 
 TREE = {
     "name": "toy",
@@ -181,7 +181,7 @@ def test_a_missing_config_is_an_error(tmp_path):
 
 def test_the_resolved_config_reads_back_the_same(load, tmp_path):
     config = load()
-    write_yaml(tmp_path / "resolved.yaml", config.model_dump(exclude_defaults=True))
+    save_config(config, tmp_path / "resolved.yaml")
     assert load_config(tmp_path / "resolved.yaml") == config
 
 

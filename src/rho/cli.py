@@ -42,7 +42,7 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option(help="Output folder: new, or the same one again to go on.")]
-RunFolder = Annotated[Path | None, typer.Option("--out", help="Run directory. [default: runs/<name>]")]
+RunFolder = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/NAME unless given.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key.of.it=value: override a setting of the config.")]
 Arguments = Annotated[
     list[str] | None, typer.Option("--set", help="name=value: a field of transformers.TrainingArguments.")
@@ -56,6 +56,8 @@ ModelPath = Annotated[
     str,
     typer.Option(help="Model folder or Hugging Face name, or YAML/JSON file of a transformers config."),
 ]
+TextField = Annotated[str, typer.Option(help="Field or column that holds the text.")]
+SkipBadRecords = Annotated[bool, typer.Option(help="Count and list unreadable records, don't stop.")]
 Seed = Annotated[int, typer.Option(help="Seed of new weights, data order and random selection.")]
 
 
@@ -86,12 +88,14 @@ def tokenizer(
     sources: Annotated[list[str], typer.Argument(help="Text: files, folders, hf:NAME, docstrings:PACKAGE ...")],
     out: Out,
     vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 32_000,
-    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    text_field: TextField = "text",
+    skip_bad_records: SkipBadRecords = False,
 ) -> None:
     """Train a byte-level BPE tokenizer."""
+    say("rho: loading")
     from rho.tokenizer import train_tokenizer
 
-    train_tokenizer(sources, vocab_size, out, text_field)
+    train_tokenizer(sources, vocab_size, out, [text_field], skip_bad_records=skip_bad_records)
     print(out / "tokenizer")
 
 
@@ -104,9 +108,9 @@ def corpus(
     isolated: Annotated[bool, typer.Option(help="Documents in a block don't see each other.")] = False,
     heldout_fraction: Annotated[float, typer.Option(help="Share of documents for the validation split.")] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
-    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    text_field: TextField = "text",
     eos: Annotated[str | None, typer.Option(help="The tokenizer's end-of-document token.")] = None,
-    skip_bad_records: Annotated[bool, typer.Option(help="Count and list unreadable records, don't stop.")] = False,
+    skip_bad_records: SkipBadRecords = False,
     seed: Annotated[int, typer.Option(help="Of the choice of held-out documents.")] = 0,
 ) -> None:
     """Tokenize text and pack it into blocks."""
@@ -178,6 +182,9 @@ def train(
         list[str] | None,
         typer.Option(help="key.of.it=value: any other setting of rho.train.TrainConfig, such as retention=0.1."),
     ] = None,
+    on_nonfinite: Annotated[
+        str, typer.Option(help="At a loss or gradient that is not finite: stop, or skip=N (leave out up to N steps).")
+    ] = "stop",
     seed: Seed = 0,
     allow_weak_reference: Annotated[bool, typer.Option(help="Go on if the reference is no better.")] = False,
     arguments: Arguments = None,
@@ -191,7 +198,8 @@ def train(
     from rho.train import train as stage
 
     settings: dict[str, Any] = {"score": select, "ratio": ratio, "scope": scope, "seed": seed}
-    settings |= {"arguments": assignments(arguments or [])} | assignments(selection or [], "--selection")
+    settings |= {"skip_nonfinite": _steps_to_skip(on_nonfinite), "arguments": assignments(arguments or [])}
+    settings |= assignments(selection or [], "--selection")
     config = validated(TrainConfig, settings, "rho train")
     stage(
         config,
@@ -217,7 +225,7 @@ def evaluate(
     from rho.corpus import Corpus
 
     sets = {name: Corpus(folder, "validation") for name, folder in _named("--held-out", held_out).items()}
-    entries = [stage.Checkpoint(model) for model in models]
+    entries = [stage.finished(model) for model in models]
     stage.evaluate(stage.EvaluateConfig(batch_size=batch_size), entries, sets, out)
     print((out / "losses.jsonl").read_text(), end="")
 
@@ -238,6 +246,15 @@ def _named(option: str, values: list[str], only: str | None = None) -> dict[str,
     if not all(name and folder for name, _, folder in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
         raise ConfigError(f"{option}: expected name=folder, each name once, found {' '.join(values)}.")
     return {name: folder for name, _, folder in pairs}
+
+
+def _steps_to_skip(on_nonfinite: str) -> int:
+    what, _, number = on_nonfinite.partition("=")
+    if on_nonfinite == "stop":
+        return 0
+    if what != "skip" or not number.isdecimal():
+        raise ConfigError(f"--on-nonfinite: expected stop, or skip=N for up to N steps, found {on_nonfinite}.")
+    return int(number)
 
 
 def main() -> None:

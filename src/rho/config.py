@@ -15,6 +15,7 @@ from rho.errors import ConfigError
 from rho.evaluate import EvaluateConfig
 from rho.models import ModelConfig
 from rho.report.data import REFERENCE, is_reference
+from rho.runs import atomic_write
 from rho.score import ScoreConfig
 from rho.train import Arguments, TrainConfig
 
@@ -132,6 +133,13 @@ class RunConfig(_Section):
         return tree
 
     @model_validator(mode="after")
+    def _seeds_are_the_runs(self) -> RunConfig:
+        for name, arm in self.train.arms.items():
+            if "seed" in arm.model_fields_set:
+                raise ValueError(f"train.arms.{name}.seed: every arm trains with each of train.seeds, leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _names_exist(self) -> RunConfig:
         references = self.references.items()
         named = {
@@ -191,6 +199,13 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     for override in overrides:
         _set(tree, override)
     return validated(RunConfig, tree, str(path))
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Atomically write a config as YAML that `load_config` reads back the same."""
+    tree = config.model_dump(exclude_defaults=True)
+    with atomic_write(path) as file:
+        file.write(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
 
 
 def validated(kind: type[Any], tree: dict[str, Any], where: str) -> Any:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rho.errors import DataError, MismatchError
 from rho.objective import token_labels
-from rho.progress import track
+from rho.progress import say, track
 from rho.runs import Manifest, Stage, atomic_write, hash_file, open_stage, write_json
 from rho.sources import Document, SkippedRecord, read_documents, source_hashes
 from rho.store import Shards, write_shard
@@ -92,6 +92,7 @@ def build_corpus(config: CorpusConfig, tokenizer: Tokenizer, out: str | os.PathL
         if build.skipped:
             write_json(stage.folder / "skipped.json", build.skipped)
             stage.add_output("skipped.json")
+            say(f"corpus {stage.folder.name}: {len(build.skipped)} records passed over, in {stage.folder}/skipped.json")
         build.progress_file.unlink(missing_ok=True)
         return stage.finish(
             shards=build.shards,
@@ -215,7 +216,7 @@ class _Build:
         return int.from_bytes(digest, "big") < self.config.heldout_fraction * 2**64
 
     def token_labels(self, document: Document, ends: np.ndarray) -> np.ndarray:
-        """The label of each token: that of the span which holds its last character."""
+        """The label of each token: that of the shortest span which holds its last character."""
         spans = [span for span in document.spans or () if span[1] > span[0]]
         if not spans:
             return np.full(len(ends), NO_LABEL, np.int32)
@@ -224,11 +225,10 @@ class _Build:
                 self.labels.append(label)
         if len(self.labels) > MAX_LABELS:
             raise DataError(f"{document.where}: expected at most {MAX_LABELS} different span labels, found more.")
-        ordered = sorted((start, end, self.labels.index(label)) for start, end, label in spans)
-        starts, stops, names = (np.array(column) for column in zip(*ordered, strict=True))
-        last = ends - 1
-        span = np.searchsorted(starts, last, side="right") - 1
-        return np.where((span >= 0) & (last < stops[span]), names[span], NO_LABEL).astype(np.int32)
+        label_of = np.full(len(document.text) + 1, NO_LABEL, np.int32)  # of each character; none of what ends at 0
+        for start, end, label in sorted(spans, key=lambda span: span[0] - span[1]):  # inner ones over outer ones
+            label_of[start + 1 : end + 1] = self.labels.index(label)
+        return label_of[ends]
 
     def waiting(self, split: str) -> int:
         return sum(len(part) for part in self.rest[split]["input_ids"])

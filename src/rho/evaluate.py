@@ -24,7 +24,7 @@ from rho.errors import DataError
 from rho.models import ModelConfig, check_head, check_isolation, device, make_model, source_hash
 from rho.objective import IGNORE_INDEX, excess_loss
 from rho.progress import track
-from rho.runs import Manifest, atomic_write, hash_json, open_stage, read_manifest
+from rho.runs import MANIFEST, Manifest, atomic_write, hash_json, open_stage, read_manifest
 from rho.score import check_tokenizer, load_reference, mean_loss, score_batch
 from rho.selection import Selector
 
@@ -45,7 +45,10 @@ class EvaluateConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model to evaluate, and where in which training run it stood."""
+    """A model to evaluate, and where in which training run it stood.
+
+    `content` is the hash that a training run recorded of it: what was evaluated stays known when it is deleted.
+    """
 
     model: str
     arm: str = "model"
@@ -53,6 +56,7 @@ class Checkpoint:
     step: int = 0
     tokens_seen: int = 0
     tokens_selected: int = 0
+    content: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,22 @@ class Exploration:
 
 
 def checkpoints_of(train_folder: str | os.PathLike[str], arm: str) -> list[Checkpoint]:
-    """Every checkpoint of a finished train stage, in order of steps; a `DataError` if one is damaged."""
+    """Every checkpoint of a finished train stage, in order of steps."""
     manifest = read_manifest(train_folder, "train")
-    for checkpoint in manifest.facts["checkpoints"]:
-        check(Path(train_folder) / checkpoint["folder"])
     return [
         Checkpoint(str(Path(train_folder) / c.pop("folder")), arm, manifest.config["seed"], **c)
         for c in map(dict, manifest.facts["checkpoints"])
     ]
+
+
+def finished(model: str, name: str = "model") -> Checkpoint:
+    """A finished model: of a train stage's folder, with what it was trained on; of any other source without."""
+    if not (Path(model) / MANIFEST).is_file():
+        return Checkpoint(model, name)
+    manifest = read_manifest(model, "train")
+    last: dict[str, Any] = max(manifest.facts["checkpoints"], key=lambda c: c["step"], default={})
+    counts = {key: last[key] for key in ("step", "tokens_seen", "tokens_selected") if key in last}
+    return Checkpoint(model, name, manifest.config["seed"], **counts)
 
 
 def evaluate(
@@ -94,10 +106,12 @@ def evaluate(
 
     Raises:
         MismatchError: a model with another tokenizer or vocabulary than a set.
+        DataError: a checkpoint is damaged.
     """
     if not models or not sets:
         raise DataError(f"{out}: nothing to evaluate: {len(models)} models, {len(sets)} sets.")
-    inputs = {f"model:{m.model}": source_hash(ModelConfig(path=m.model)) for m in models}
+    # By number: a run may be moved, and its models then have other paths.
+    inputs = {f"model:{n}": m.content or source_hash(ModelConfig(path=m.model)) for n, m in enumerate(models)}
     inputs |= {f"set:{name}": corpus.fingerprint for name, corpus in sets.items()}
     settings = config.model_dump()
     if explore is not None:
@@ -107,7 +121,8 @@ def evaluate(
     with open_stage(out, "evaluate", settings, inputs) as stage:
         if stage.fresh:
             return stage.manifest
-        unfinished = stage.folder / f".losses-{hash_json(inputs)[:12]}.jsonl"  # of just these models and sets
+        of = hash_json([inputs, [entry.model for entry in models]])[:12]
+        unfinished = stage.folder / f".losses-{of}.jsonl"  # of just these models and sets
         rows = _finished_rows(unfinished)
         total = len(models) * sum(len(corpus) * corpus.block_length for corpus in sets.values())
         with track(f"evaluate {stage.folder.name}", total) as advance:
@@ -151,7 +166,7 @@ def _evaluate_model(
         check_tokenizer(ModelConfig(path=entry.model), corpus)
         loss = mean_loss(model, corpus, config.batch_size)
         row = {
-            **asdict(entry),
+            **{key: value for key, value in asdict(entry).items() if key != "content"},
             "set": name,
             "loss": loss.nats_per_token,
             "bits_per_byte": loss.bits_per_byte,
@@ -166,6 +181,8 @@ def _evaluate_model(
 
 
 def _load(entry: Checkpoint, corpus: Corpus) -> PreTrainedModel:
+    if entry.content is not None:
+        check(Path(entry.model))
     model = make_model(ModelConfig(path=entry.model), corpus.vocab_size)
     check_head(model)
     check_isolation(model, corpus.isolated)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from rho.errors import ConfigError, MismatchError
@@ -65,15 +67,8 @@ def make_model(
     """The model of `config`, in float32 unless asked otherwise; new weights are drawn with `seed`."""
     dtype = getattr(torch, precision)
     if config.architecture is not None:
-        settings = dict(config.architecture)
-        try:
-            architecture = AutoConfig.for_model(settings.pop("model_type"), **{"vocab_size": vocab_size, **settings})
-        except (KeyError, ValueError, TypeError) as error:
-            raise ConfigError(
-                f"model.architecture: {error}. It needs a 'model_type' that transformers knows."
-            ) from error
         set_seed(seed)
-        return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+        return _new_model({"vocab_size": vocab_size, **config.architecture}, dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(
             model_folder(str(config.path)),
@@ -85,6 +80,33 @@ def make_model(
         raise ConfigError(
             f"{config.path}: no model could be loaded from here ({str(error).splitlines()[0]})."
         ) from error
+
+
+def _new_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    kind = settings.pop("model_type", None)
+    if kind not in CONFIG_MAPPING_NAMES:
+        near = ", ".join(get_close_matches(str(kind), CONFIG_MAPPING_NAMES)) or "llama, qwen3, gpt2 ..."
+        raise ConfigError(
+            f"model.architecture.model_type: expected one that transformers knows ({near}), found {kind!r}."
+        )
+    try:
+        defaults, config = AutoConfig.for_model(kind), AutoConfig.for_model(kind, **settings)
+        known = {*defaults.to_dict(), *defaults.attribute_map}
+        ignored = (settings.keys() & config.to_dict().keys()) - known  # transformers keeps any name, whatever it is
+        if not ignored:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # each model checks its settings in its own way, or divides by them
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ConfigError(f"model.architecture: no {kind} can be made with these settings ({reason}).") from error
+    strange = min(ignored)
+    near = ", ".join(get_close_matches(strange, known)) or ", ".join(sorted(known))
+    raise ConfigError(f"model.architecture.{strange}: no setting of a {kind} config. Expected one of {near}.")
+
+
+def ends_documents(model: PreTrainedModel, eos_id: int) -> None:
+    """Tell a new model which token ends a document, and so begins the next: its config's default is another's."""
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = config.eos_token_id = eos_id
 
 
 def model_folder(path: str) -> str:
@@ -100,10 +122,11 @@ def source_hash(config: ModelConfig, seed: int = 0) -> str:
     folder = Path(model_folder(config.path))
     if not folder.is_dir():
         return hash_json([config.path, config.revision])
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
-    if not all(file.is_file() for file in files) or len(files) < 2:
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
+    if not weights or not configs:
         raise ConfigError(f"{folder}: not a model folder: expected config.json and weights (*.safetensors).")
-    return hash_json([(file.name, hash_file(file)) for file in files])
+    return hash_json([(file.name, hash_file(file)) for file in sorted([*weights, *configs])])
 
 
 def device() -> torch.device:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from rho.config import RunConfig
+from rho.config import RunConfig, save_config
 from rho.corpus import Corpus, build_corpus
-from rho.evaluate import Checkpoint, EvaluateConfig, Exploration, checkpoints_of, evaluate
-from rho.models import ModelConfig
+from rho.errors import ConfigError
+from rho.evaluate import EvaluateConfig, Exploration, checkpoints_of, evaluate, finished
+from rho.models import ModelConfig, make_model
 from rho.progress import say
 from rho.report import write_report
-from rho.report.data import REFERENCE
-from rho.runs import MANIFEST, Manifest, atomic_write, hash_file, is_made_from
+from rho.report.data import CONFIG, reference_folder
+from rho.runs import MANIFEST, Manifest, hash_file, is_made_from
 from rho.score import score_corpus
 from rho.store import ScoreStore
 from rho.tokenizer import Tokenizer, train_tokenizer
-from rho.train import TrainConfig, train
+from rho.train import TrainConfig, check_reference, train
 
 DEMO = Path(str(files("rho") / "recipes" / "demo.yaml"))
 
@@ -33,13 +31,14 @@ def run(config: RunConfig, folder: str | os.PathLike[str] | None = None) -> Path
         folder: the run directory, `runs/<name>` unless given.
     """
     pipeline = _Pipeline(config, Path(folder) if folder is not None else Path("runs") / config.name)
-    pipeline.folder.mkdir(parents=True, exist_ok=True)
+    pipeline.begin()
     pipeline.corpora()
     for name, reference in config.references.items():
         if reference.after is not None:
             pipeline.train(reference.after, config.train.seeds[0])
         pipeline.reference(name)
         pipeline.scores(name)
+    pipeline.check_references()
     for seed in config.train.seeds:
         for arm in config.train.arms:
             pipeline.train(arm, seed)
@@ -53,12 +52,29 @@ class _Pipeline:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
 
+    def begin(self) -> None:
+        """Make the run directory. The config is there from the start, so that a run halfway can be reported."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: the run directory can't be made ({error.strerror}).") from error
+        if not (self.folder / CONFIG).exists():
+            save_config(self.config, self.folder / CONFIG)
+
     def corpora(self) -> None:
         config = self.config.tokenizer
         path = config.path
         if config.vocab_size is not None:
-            sources = [source for name in config.corpora for source in self.config.corpora[name].sources]
-            train_tokenizer(sources, config.vocab_size, self.folder / "tokenizer", max_characters=config.max_characters)
+            corpora = [self.config.corpora[name] for name in config.corpora]
+            pairs = [(source, corpus.text_field) for corpus in corpora for source in corpus.sources]
+            train_tokenizer(
+                [source for source, _ in pairs],
+                config.vocab_size,
+                self.folder / "tokenizer",
+                [text_field for _, text_field in pairs],
+                config.max_characters,
+                any(corpus.skip_bad_records for corpus in corpora),
+            )
             path = str(self.folder / "tokenizer" / "tokenizer")
         tokenizer = Tokenizer.load(str(path), config.eos)
         for name, corpus in self.config.corpora.items():
@@ -82,10 +98,10 @@ class _Pipeline:
             if config.after is not None:
                 start = ModelConfig(path=str(self.train_folder(config.after, self.config.train.seeds[0])))
             settings = TrainConfig(seed=config.seed, arguments=config.arguments)
-            train(settings, Corpus(self.corpus_folder(config.corpus)), start, self.folder / _reference(name))
+            train(settings, Corpus(self.corpus_folder(config.corpus)), start, self.folder / reference_folder(name))
 
     def reference_model(self, name: str) -> ModelConfig:
-        return ModelConfig(path=self.config.references[name].path or str(self.folder / _reference(name)))
+        return ModelConfig(path=self.config.references[name].path or str(self.folder / reference_folder(name)))
 
     def scores(self, name: str) -> None:
         corpus = Corpus(self.corpus_folder(self.config.corpus))
@@ -93,6 +109,17 @@ class _Pipeline:
 
     def scores_folder(self, name: str) -> Path:
         return self.folder / "scores" / name
+
+    def check_references(self) -> None:
+        """Before anything is trained: a weak reference should not show only when the plain arm is done."""
+        config, seed = self.config.train, self.config.train.seeds[0]
+        if any(self.train_folder(arm, seed).exists() for seed in config.seeds for arm in config.arms):
+            return
+        names = {n for arm in config.arms for n in config.arm(arm, seed).judged(self.config.references_of(arm))}
+        target = self.target()
+        model = make_model(self.config.model, target.vocab_size, seed)
+        for name in sorted(names):
+            check_reference(model, ScoreStore(self.scores_folder(name)), target, config.allow_weak_reference)
 
     def train_folder(self, arm: str, seed: int) -> Path:
         return self.folder / "train" / f"{arm}-seed{seed}"
@@ -116,8 +143,8 @@ class _Pipeline:
         settings = EvaluateConfig(**config.model_dump(exclude={"sets", "explore"}))
         references = {name: self.reference_model(name) for name in self.config.references}
         for name, model in references.items():
-            label = _reference(name)
-            evaluate(settings, [Checkpoint(str(model.path), label)], sets, self.folder / "evaluate" / label)
+            label = reference_folder(name)
+            evaluate(settings, [finished(str(model.path), label)], sets, self.folder / "evaluate" / label)
         for seed in self.config.train.seeds:
             for arm in self.config.train.arms:
                 folder = self.train_folder(arm, seed)
@@ -138,7 +165,7 @@ class _Pipeline:
         if page.is_file() and is_made_from(page.parent, made):
             say(f"every stage in {self.folder} is fresh: nothing to do. Report: {page}")
             return page
-        write_yaml(self.folder / "config.yaml", self.config.model_dump(exclude_defaults=True))
+        save_config(self.config, self.folder / CONFIG)
         write_report(self.folder)
         made.status = "complete"
         made.write(page.parent)
@@ -148,14 +175,3 @@ class _Pipeline:
     def manifests(self) -> list[Path]:
         found = sorted(self.folder.rglob(MANIFEST))
         return [path for path in found if path.parent != self.folder / "report"]
-
-
-def _reference(name: str) -> str:
-    """A reference's folder, and its name in the report."""
-    return REFERENCE if name == REFERENCE else f"{REFERENCE}-{name}"
-
-
-def write_yaml(path: Path, tree: dict[str, Any]) -> None:
-    """Atomically write a config tree."""
-    with atomic_write(path) as file:
-        file.write(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())

@@ -256,7 +256,11 @@ def _enter(folder: Path, asked: Manifest) -> Stage:
 
 def _nothing_made(folder: Path, found: Manifest) -> bool:
     """Whether a run failed before its first file: a corrected command may start in the same folder."""
-    return found.status == "running" and {path.name for path in folder.iterdir()} <= {MANIFEST, LOCK}
+    return found.status == "running" and not found.outputs and not _files(folder) - {MANIFEST, LOCK}
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
 def _is_disk_full(folder: Path, error: Exception) -> bool:
@@ -273,7 +277,7 @@ def is_made_from(folder: Path, asked: Manifest) -> bool:
 
 def _check_empty(folder: Path) -> None:
     """Refuse to start a stage among files that are not its own."""
-    strangers = sorted(p.name for p in folder.iterdir() if p.name != MANIFEST and not p.name.startswith("."))
+    strangers = sorted(name for name in _files(folder) if name != MANIFEST and not name.startswith("."))
     if strangers:
         raise ConfigError(
             f"{folder}: holds files that rho did not write ({', '.join(strangers[:3])}). Choose an empty folder."

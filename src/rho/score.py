@@ -39,7 +39,7 @@ from rho.models import (
     source_hash,
 )
 from rho.objective import IGNORE_INDEX, predictors, token_labels
-from rho.progress import say, track
+from rho.progress import Advance, say, track
 from rho.runs import Manifest, Stage, open_stage
 from rho.store import write_shard
 from rho.tokenizer import Tokenizer
@@ -98,15 +98,8 @@ def score_corpus(
         total = len(corpus) * corpus.block_length
         with track(f"score {corpus.folder.name}", total, tokens_done) as advance:
             for shard in corpus.shards:
-                if shard in done:
-                    continue
-                losses, entropies = [], []
-                for batch in _batches(corpus, shard, config.batch_size):
-                    loss_BT, entropy_BT = score_batch(model, batch, entropy=True)
-                    losses.append(loss_BT.cpu().numpy())
-                    entropies.append(entropy_BT.cpu().numpy())
-                    advance(loss_BT.numel())
-                _write(stage, shard["file"], np.concatenate(losses), np.concatenate(entropies), config.dtype)
+                if shard not in done:
+                    _score_shard(config, corpus, shard, model, stage, advance)
         shards = [{**s, "sha256": stage.manifest.outputs[s["file"]]["sha256"]} for s in corpus.shards]
         return stage.finish(shards=shards, reference=model_name(reference))
 
@@ -190,6 +183,8 @@ def mean_loss(model: PreTrainedModel, corpus: Corpus, batch_size: int = 8) -> Me
             tokens += int(labelled.sum())
             size += int(batch["num_bytes"][labelled].sum())
     model.train(was_training)
+    if tokens == 0:
+        raise DataError(f"{corpus.folder}: no token of the {corpus.split} split has a label. Give longer documents.")
     return MeanLoss(nats, tokens, size)
 
 
@@ -204,9 +199,23 @@ def _batches(corpus: Corpus, shard: dict, batch_size: int) -> Iterator[dict[str,
         yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _write(stage: Stage, file: str, loss: np.ndarray, entropy: np.ndarray, dtype: str) -> None:
-    if not np.isfinite(loss).any():
-        raise DataError(f"{file}: the reference gave no finite loss for any token of this shard. Check the reference.")
-    write_shard(stage.folder / file, {"ref_loss": loss.astype(dtype), "ref_entropy": entropy.astype(dtype)})
-    stage.add_output(file)
+def _score_shard(
+    config: ScoreConfig, corpus: Corpus, shard: dict, model: PreTrainedModel, stage: Stage, advance: Advance
+) -> None:
+    columns: dict[str, list[np.ndarray]] = {"ref_loss": [], "ref_entropy": []}
+    for number, batch in enumerate(_batches(corpus, shard, config.batch_size)):
+        for values, scores_BT in zip(columns.values(), score_batch(model, batch, entropy=True), strict=True):
+            stored = scores_BT.cpu().numpy().astype(config.dtype)
+            bad = (batch["position_ids"].numpy() > 0) & ~np.isfinite(stored)
+            if bad.any():
+                row, token = (int(found) for found in np.argwhere(bad)[0])
+                block = corpus.first_row(shard) + number * config.batch_size + row
+                raise DataError(
+                    f"{corpus.describe(block)}: the reference gives token {token} no finite score. Check the reference "
+                    "(its weights, its precision) and that text."
+                )
+            values.append(stored)
+        advance(batch["input_ids"].numel())
+    write_shard(stage.folder / shard["file"], {name: np.concatenate(values) for name, values in columns.items()})
+    stage.add_output(shard["file"])
     stage.checkpoint()

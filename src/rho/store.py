@@ -70,6 +70,10 @@ class Shards:
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self.shards[shard], row - int(self._starts[shard])
 
+    def first_row(self, shard: Mapping[str, Any]) -> int:
+        """The number of a shard's first row."""
+        return int(self._starts[self.shards.index(dict(shard))])
+
     def row(self, row: int, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
         """The named columns of one row, as arrays."""
         shard, local = self.locate(row)

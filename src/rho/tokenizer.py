@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from rho.errors import ConfigError, DataError
 from rho.progress import Advance, track
 from rho.runs import Manifest, hash_json, open_stage
-from rho.sources import read_documents, source_hashes
+from rho.sources import SkippedRecord, read_documents, source_hashes
 
 EOS = "<|endoftext|>"
 KNOWN_EOS = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
@@ -142,16 +142,31 @@ def train_tokenizer(
     sources: Sequence[str],
     vocab_size: int,
     out: str | os.PathLike[str],
-    text_field: str = "text",
+    text_fields: Sequence[str] = ("text",),
     max_characters: int = 20_000_000,
+    skip_bad_records: bool = False,
 ) -> Manifest:
-    """Train a byte-level BPE on (the first `max_characters` of) some text and write it to the stage folder `out`."""
+    """Train a byte-level BPE on (the first `max_characters` of) some text and write it to the stage folder `out`.
+
+    Args:
+        sources: as `rho.sources.read_documents` takes them; each gives an equal share of the characters.
+        vocab_size: tokens in the vocabulary.
+        out: the stage folder.
+        text_fields: the field that holds the text: of each source, or one for all.
+        max_characters: read of all sources together.
+        skip_bad_records: pass over unreadable records.
+
+    Raises:
+        DataError: a source or record can't be read, or there is too little text for the vocabulary.
+    """
+    fields = list(text_fields) * (len(sources) if len(text_fields) == 1 else 1)
     config = {
-        "sources": list(sources),
+        "sources": [list(pair) for pair in zip(sources, fields, strict=True)],
         "vocab_size": vocab_size,
-        "text_field": text_field,
         "max_characters": max_characters,
+        "skip_bad_records": skip_bad_records,
     }
+    on_bad = (lambda _: None) if skip_bad_records else None
     with open_stage(out, "tokenizer", config, source_hashes(sources)) as stage:
         if stage.fresh:
             return stage.manifest
@@ -167,7 +182,13 @@ def train_tokenizer(
             show_progress=False,
         )
         with track("tokenizer", None, unit="characters") as advance:
-            backend.train_from_iterator(_texts(sources, text_field, max_characters, advance), trainer)
+            share = max_characters // len(sources)  # so that a large source does not crowd out the others
+            texts = (
+                text
+                for source, field in zip(sources, fields, strict=True)
+                for text in _texts(source, field, on_bad, share, advance)
+            )
+            backend.train_from_iterator(texts, trainer)
         tokenizer = Tokenizer(backend, EOS)
         if tokenizer.vocab_size != vocab_size:
             raise DataError(
@@ -179,13 +200,12 @@ def train_tokenizer(
         return stage.finish(fingerprint=tokenizer.fingerprint)
 
 
-def _texts(sources: Sequence[str], text_field: str, max_characters: int, advance: Advance) -> Iterable[str]:
-    """An equal share of `max_characters` from each source, so that a large one does not crowd out the others."""
-    for source in sources:
-        left = max_characters // len(sources)
-        for _, document in read_documents([source], text_field, on_bad=lambda _: None):
-            yield document.text
-            advance(len(document.text))
-            left -= len(document.text)
-            if left <= 0:
-                break
+def _texts(
+    source: str, text_field: str, on_bad: Callable[[SkippedRecord], None] | None, characters: int, advance: Advance
+) -> Iterable[str]:
+    for _, document in read_documents([source], text_field, on_bad):
+        yield document.text
+        advance(len(document.text))
+        characters -= len(document.text)
+        if characters <= 0:
+            break

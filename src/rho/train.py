@@ -6,8 +6,10 @@ Plain causal language modeling is ratio 1.0 of the same code; so is the training
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -21,7 +23,17 @@ from rho.data import CombineReferences, TrainingBlocks
 from rho.durable import EarlyStopping
 from rho.errors import ConfigError, MismatchError
 from rho.fit import fit, keep_rows_a_step
-from rho.models import ModelConfig, check_isolation, device, make_model, model_name, save_model, source_hash, with_lora
+from rho.models import (
+    ModelConfig,
+    check_isolation,
+    device,
+    ends_documents,
+    make_model,
+    model_name,
+    save_model,
+    source_hash,
+    with_lora,
+)
 from rho.progress import say
 from rho.runs import Manifest, atomic_write, environment, open_stage
 from rho.score import check_tokenizer, mean_loss
@@ -40,21 +52,43 @@ DEFAULT_ARGUMENTS: dict[str, Any] = {
 }
 
 
+REFUSED_ARGUMENTS = {
+    **dict.fromkeys(
+        ("output_dir", "seed", "data_seed", "remove_unused_columns", "label_names"), "set by rho (folder, seed)"
+    ),
+    **dict.fromkeys(
+        ("save_only_model", "ignore_data_skip"), "an interrupted run could not go on as if it had not been"
+    ),
+    **dict.fromkeys(("auto_find_batch_size", "resume_from_checkpoint"), "a run goes on with the rows a step it began"),
+    "enable_jit_checkpoint": "SIGTERM leads to a checkpoint anyway",
+    **dict.fromkeys(("label_smoothing_factor", "train_sampling_strategy"), "without effect on loss and order here"),
+}
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+
 def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Each is a field of `TrainingArguments` that rho leaves to the user, with a value of its type."""
     kinds = get_type_hints(TrainingArguments)
     checked = {}
     for name, value in arguments.items():
-        if name in ("output_dir", "seed", "data_seed", "remove_unused_columns", "label_names"):
-            raise ValueError(f"{name}: set by rho (the folder, and `seed`), leave it out")
-        if name in ("save_only_model", "ignore_data_skip"):
-            raise ValueError(f"{name}: an interrupted run could not go on as if it had not been, leave it out")
         if name not in kinds:
-            raise ValueError(f"{name}: no field of transformers.TrainingArguments")
+            near = ", ".join(get_close_matches(name, kinds)) or "its documentation lists them"
+            raise ValueError(f"{name}: no field of transformers.TrainingArguments; near it: {near}")
+        if name in REFUSED_ARGUMENTS:
+            raise ValueError(f"{name}: {REFUSED_ARGUMENTS[name]}, leave it out")
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # as YAML reads a plain `no`
         try:
-            checked[name] = TypeAdapter(kinds[name]).validate_python(value)  # YAML reads 1e-3 as a string
+            value = TypeAdapter(kinds[name]).validate_python(value)  # YAML reads 1e-3 as a string
         except ValidationError as error:
             raise ValueError(f"{name}: {error.errors()[0]['msg']}, found {value!r}") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, found {value}")
+        if name in AT_LEAST_ONE and value < 1:
+            raise ValueError(f"{name}: expected 1 or more, found {value}")
+        if (name == "max_steps" and value == 0) or (name == "num_train_epochs" and value <= 0):
+            raise ValueError(f"{name}: expected a number above 0, found {value}")
+        checked[name] = value
     return checked
 
 
@@ -117,7 +151,7 @@ class TrainConfig(BaseModel):
     lora: dict[str, Any] | None = None
     skip_nonfinite: int = Field(0, ge=0)
     early_stopping: int | None = Field(None, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     arguments: Arguments = {}
 
     @model_validator(mode="after")
@@ -129,6 +163,12 @@ class TrainConfig(BaseModel):
     def selector(self) -> Selector:
         """The selection as an object."""
         return Selector(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Selector)})
+
+    def judged(self, references: Iterable[str]) -> list[str]:
+        """Those of the `references` that must be better than the model on the target: not one of an unwanted domain."""
+        if "ref_loss" not in self.selector.columns:
+            return []
+        return [name for name in references if (self.references.weights or {}).get(name, 1.0) >= 0]
 
 
 def train(
@@ -170,28 +210,17 @@ def train(
             return stage.manifest
         _check_not_itself(config, inputs["model"], data)
         network = make_model(model, corpus.vocab_size, config.seed)
+        if model.path is None:
+            ends_documents(network, corpus.tokenizer.eos_id)
         corpus.check_model(network.config, model_name(model))
         check_tokenizer(model, corpus)
         check_isolation(network, corpus.isolated)
-        if "ref_loss" in selector.columns and target is not None:
-            for name, store in data.stores.items():
-                if (config.references.weights or {}).get(name, 1.0) < 0:
-                    continue  # of an unwanted domain
-                check_reference(network, store, target, allow_weak_reference)
-        args = training_arguments(config, stage.folder / "checkpoints")
+        if target is not None:
+            for name in config.judged(data.stores):
+                check_reference(network, data.stores[name], target, allow_weak_reference)
+        args = training_arguments(config, stage.folder / "checkpoints", target is not None)
         rows_a_step = keep_rows_a_step(args, stage)
-        trainer = SelectiveTrainer(
-            with_lora(network, config.lora),
-            selector,
-            args,
-            data,
-            label_names=corpus.labels,
-            step_log=stage.folder / "steps.jsonl",
-            cut=data.cut(selector) if selector.scope == "dataset" and selector.selective else None,
-            skip_nonfinite=config.skip_nonfinite,
-            eval_dataset=TrainingBlocks(target) if target is not None else None,
-            callbacks=[EarlyStopping(config.early_stopping)] if config.early_stopping else [],
-        )
+        trainer = _trainer(config, network, args, data, TrainingBlocks(target) if target is not None else None)
         fit(trainer, stage.folder, corpus.block_length, rows_a_step)
         if rank() > 0:
             return stage.manifest
@@ -200,9 +229,37 @@ def train(
         corpus.tokenizer.save(stage.folder / "model")
         write_card(stage.folder / "model" / "README.md", config, model_name(model), stage.manifest.inputs)
         stage.add_folder("model")
+        stage.add_output(STEP_LOG)
         return stage.finish(checkpoints=_checkpoints(stage.folder, trainer.state.log_history))
 
 
+def _trainer(
+    config: TrainConfig,
+    network: PreTrainedModel,
+    args: TrainingArguments,
+    data: TrainingBlocks,
+    target: TrainingBlocks | None,
+) -> SelectiveTrainer:
+    selector = config.selector
+    try:
+        return SelectiveTrainer(
+            with_lora(network, config.lora),
+            selector,
+            args,
+            data,
+            label_names=data.corpus.labels,
+            step_log=Path(str(args.output_dir)).parent / STEP_LOG,
+            cut=data.cut(selector) if selector.scope == "dataset" and selector.selective else None,
+            skip_nonfinite=config.skip_nonfinite,
+            eval_dataset=target,
+            callbacks=[EarlyStopping(config.early_stopping)] if config.early_stopping else [],
+        )
+    except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, settings at odds
+        raise ConfigError(f"arguments: the trainer can't be set up with these ({error}).") from error
+
+
+STEP_LOG = "steps.jsonl"
+LEAST_MARGIN = 0.01  # nats a token; less is what precision and noise make of equal models
 CARD = """---
 tags: [selective-language-modeling]
 ---
@@ -245,13 +302,24 @@ def _check_not_itself(config: TrainConfig, model_hash: str, data: TrainingBlocks
             )
 
 
-def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
-    """`TrainingArguments` from a config: ours, then the user's; an unknown name is an error."""
+def training_arguments(config: TrainConfig, folder: Path, evaluates: bool = False) -> TrainingArguments:
+    """`TrainingArguments` from a config: ours, then the user's.
+
+    Raises:
+        ConfigError: arguments that are at odds with each other, or ask for evaluations where it `evaluates` nothing.
+    """
+    arguments = {**DEFAULT_ARGUMENTS, **config.arguments}
+    if config.early_stopping:
+        arguments = {"metric_for_best_model": "eval_loss", **arguments}
     try:
-        arguments = {**DEFAULT_ARGUMENTS, **config.arguments}
-        return TrainingArguments(**arguments, output_dir=str(folder), seed=config.seed, disable_tqdm=True)
-    except (TypeError, ValueError) as error:
+        made = TrainingArguments(**{"disable_tqdm": True, **arguments}, output_dir=str(folder), seed=config.seed)
+    except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"arguments: {error}. They are fields of transformers.TrainingArguments.") from error
+    if made.eval_strategy != "no" and not evaluates:
+        raise ConfigError(f"arguments: eval_strategy is '{made.eval_strategy.value}', which needs a target (--target).")
+    if config.early_stopping and made.eval_strategy == "no":
+        raise ConfigError("early_stopping: counts evaluations on the target: set eval_strategy and eval_steps as well.")
+    return made
 
 
 def check_reference(model: PreTrainedModel, scores: ScoreStore, target: Corpus, allow_weak: bool) -> None:
@@ -266,7 +334,7 @@ def check_reference(model: PreTrainedModel, scores: ScoreStore, target: Corpus, 
     message = (
         f"on {target.folder} the reference's loss is {ref:.4f}, the model's before training {own:.4f} nats a token"
     )
-    if ref < own:
+    if ref < own - LEAST_MARGIN:
         say(message)
     elif allow_weak:
         say(f"{message}: the reference is no better; going on as asked")
@@ -278,11 +346,12 @@ def check_reference(model: PreTrainedModel, scores: ScoreStore, target: Corpus, 
 
 
 def _checkpoints(folder: Path, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every checkpoint with the tokens it had seen, in order of steps."""
+    """Every checkpoint with its content hash and the tokens it had seen, in order of steps."""
     counts = {entry["step"]: entry for entry in history if "tokens_seen" in entry}
     return [
         {
             "folder": path.relative_to(folder).as_posix(),
+            "content": source_hash(ModelConfig(path=str(path))),
             "step": step_of(path),
             "tokens_seen": counts[step_of(path)]["tokens_seen"],
             "tokens_selected": counts[step_of(path)]["tokens_selected"],

@@ -180,6 +180,16 @@ class SelectiveTrainer(DurableTrainer):
     def _get_train_sampler(self, *_: Any) -> RowOrder:
         return self.order
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Rows to evaluate: padded, where `Trainer` would read some again, to make the ranks even."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        return super().get_eval_dataloader(None if rows is None else Padded(rows))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:
+        rows, batch = len(eval_dataset), self.args.eval_batch_size * self.args.world_size
+        return [*range(rows), *[-1] * (-rows % batch)]
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """The micro-batches of an optimizer step and the number of tokens it selects over all of them and all ranks.
 
@@ -201,9 +211,14 @@ class SelectiveTrainer(DurableTrainer):
             counts = [count for mask in eligible if (count := active.num_selected(mask)) is not None]
             asked = self.total(sum(counts, torch.zeros((), dtype=torch.int64)))
         if batches and asked == 0:
+            why = (
+                f"ratio {active.ratio} of {int(total)} eligible tokens rounds to none. Ask for a larger ratio, a wider "
+                "scope or longer blocks"
+                if total > 0
+                else "no label, or no reference score. Check the corpus and its scores"
+            )
             raise DataError(
-                f"step {self.state.global_step + 1}: no token to train on: no label, or no reference score, in any of "
-                f"{len(batches)} batches. Check the corpus and its scores."
+                f"step {self.state.global_step + 1}: no token to train on in {len(batches)} batches: {why}."
             )
         rest = total - asked
         if active.retention and rest > 0:
@@ -354,6 +369,11 @@ class SelectiveTrainer(DurableTrainer):
             logs |= {name: value for name, value in record.items() if isinstance(value, int | float)}
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.last_logged().get("step") != self.state.global_step:  # carries counts and threshold in its log history
+            self.log({"learning_rate": self._get_learning_rate()})
+        super()._save_checkpoint(model, trial)
+
     def last_logged(self) -> dict[str, Any]:
         """The newest log entry of ours: it travels with checkpoints, so counts and threshold go on where they were."""
         return next((entry for entry in reversed(self.state.log_history) if "tokens_seen" in entry), {})
@@ -418,8 +438,3 @@ class _Housekeeping(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.order.set_epoch(int(state.epoch))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if control.should_save:  # a checkpoint carries counts and threshold in its log history
-            control.should_log = True
-        return control

@@ -18,6 +18,7 @@ from rho.errors import DataError
 from rho.runs import MANIFEST, Manifest, hash_file, read_manifest
 
 REFERENCE = "reference"
+CONFIG = "config.yaml"
 Record = TypeVar("Record")
 
 
@@ -119,11 +120,15 @@ def read_run(run: Path) -> Run:
             f"{run}: the report needs a finished evaluate stage, found none in {run / 'evaluate'}. "
             "Run that stage first, then the report."
         )
-    config = run / "config.yaml"
+    config = run / CONFIG
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     target = _target(config, text, list(evaluated.values()))
     tree = _tree(text) or {}
-    evaluated = {name: evaluated[name] for name in sorted(evaluated, key=_in_order_of(tree))}
+    asked = _asked(tree)
+    if asked is not None:
+        evaluated = {
+            f"evaluate/{name}": evaluated[f"evaluate/{name}"] for name in asked if f"evaluate/{name}" in evaluated
+        }
     return Run(
         name=str(tree.get("name") or run.resolve().name),
         config=text,
@@ -132,7 +137,7 @@ def read_run(run: Path) -> Run:
         evaluations=[
             row for name, made in evaluated.items() for row in _lines(run, name, "losses.jsonl", made, _evaluation)
         ],
-        steps=_steps(run, stages),
+        steps=_steps(run, stages, asked),
         tokens=[row for name, made in evaluated.items() for row in _tokens(run / name / "tokens.parquet", made)],
     )
 
@@ -157,16 +162,22 @@ def _tree(config: str) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) else {}
 
 
-def _in_order_of(tree: dict[str, Any]) -> Callable[[str], tuple[int, str]]:
-    """Sorts evaluate folders as the config names the arms: its reader chose that order."""
-    train = tree.get("train")
-    arms = list(train["arms"]) if isinstance(train, dict) and isinstance(train.get("arms"), dict) else []
+def _asked(tree: dict[str, Any]) -> list[str] | None:
+    """Folder names of the references and trained models that the config names, in its order; None if it names none.
 
-    def key(folder: str) -> tuple[int, str]:
-        arm = folder.removeprefix("evaluate/").rpartition("-seed")[0]
-        return arms.index(arm) if arm in arms else len(arms), folder
+    Others are of an earlier config of the run.
+    """
+    train, references = tree.get("train"), tree.get("references")
+    if not isinstance(train, dict) or not isinstance(train.get("arms"), dict):
+        return None
+    names = references if isinstance(references, dict) else {REFERENCE: None}
+    models = [f"{arm}-seed{seed}" for arm in train["arms"] for seed in train.get("seeds", [0])]
+    return [*map(reference_folder, names), *models]
 
-    return key
+
+def reference_folder(name: str) -> str:
+    """A reference's folder, and its name in the report."""
+    return REFERENCE if name == REFERENCE else f"{REFERENCE}-{name}"
 
 
 def _target(path: Path, config: str, evaluated: list[Manifest]) -> str:
@@ -178,10 +189,12 @@ def _target(path: Path, config: str, evaluated: list[Manifest]) -> str:
     return str(tree.get("target", "target"))
 
 
-def _steps(run: Path, stages: dict[str, Manifest | None]) -> dict[tuple[str, int], list[Step]]:
+def _steps(run: Path, stages: dict[str, Manifest | None], asked: list[str] | None) -> dict[tuple[str, int], list[Step]]:
     steps = {}
     for path in [*sorted(run.glob(f"{REFERENCE}*/steps.jsonl")), *sorted(run.glob("train/*/steps.jsonl"))]:
         folder = path.parent.relative_to(run).as_posix()
+        if asked is not None and path.parent.name not in asked:
+            continue
         name = re.fullmatch(r"train/(.+)-seed(\d+)", folder, re.DOTALL)
         if name or is_reference(folder):
             key = (name[1], int(name[2])) if name else (folder, 0)
