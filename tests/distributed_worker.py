@@ -23,7 +23,8 @@ def by_trainer(job: dict) -> None:
     """Through the train stage: DDP where there are several ranks."""
     config = TrainConfig.model_validate(job["config"])
     model = ModelConfig(architecture=job["architecture"])
-    train(config, Corpus(job["corpus"]), model, job["out"], ScoreStore(job["scores"]))
+    target = Corpus(job["corpus"], "validation") if "target" in job else None
+    train(config, Corpus(job["corpus"]), model, job["out"], ScoreStore(job["scores"]), target)
 
 
 def by_fully_shard(job: dict) -> None:

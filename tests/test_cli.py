@@ -304,6 +304,17 @@ SELECTIONS = {
 }
 
 
+@pytest.mark.parametrize(("given", "steps"), [("stop", 0), ("skip=3", 3)])
+def test_steps_that_are_not_finite_stop_the_training_or_are_left_out(rho, train, tmp_path, given, steps):
+    assert rho(*train, "--on-nonfinite", given).code == 0
+    assert read_manifest(tmp_path / "model").config["skip_nonfinite"] == steps
+
+
+@pytest.mark.parametrize("given", ["skip", "skip=-1", "skip=many", "go"])
+def test_what_to_do_about_them_is_checked(failure, train, given):
+    assert "--on-nonfinite: expected stop, or skip=N" in failure(*train, "--on-nonfinite", given)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 @pytest.mark.parametrize("settings", SELECTIONS.values(), ids=SELECTIONS.keys())
 def test_every_setting_of_a_selection_can_be_given(rho, train, scores, tmp_path, settings):

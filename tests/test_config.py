@@ -77,6 +77,12 @@ def test_an_arms_own_arguments_go_on_top_of_those_of_all(load):
         ({"reference.arguments": {"seed": 3}}, "reference.arguments: Value error, seed: set by rho"),
         ({"train.arguments": {"max_stepz": 3}}, "train.arguments: Value error, max_stepz: no field of transformers"),
         ({"train.arguments": {"max_steps": "many"}}, "max_steps: Input should be a valid integer"),
+        ({"train.arguments": {"learning_rate": float("nan")}}, "learning_rate: expected a finite number, found nan"),
+        ({"train.arguments": {"per_device_train_batch_size": 0}}, "batch_size: expected 1 or more, found 0"),
+        ({"train.arguments": {"max_steps": 0}}, "max_steps: expected a number above 0, found 0"),
+        ({"train.arguments": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor: without effect"),
+        ({"train.arms.slm.seed": 3}, "train.arms.slm.seed: every arm trains with each of train.seeds"),
+        ({"train.seeds": [-1]}, "train.seeds.0: Input should be greater than or equal to 0"),
         ({"corpus": "nosy"}, "corpus: no corpus 'nosy'; found curated, noisy, target"),
         ({"target": "aim"}, "target: no corpus 'aim'"),
         ({"reference.corpus": "books"}, "reference.corpus: no corpus 'books'"),
@@ -216,3 +222,8 @@ def test_a_recipe_is_a_valid_config_of_its_own_name(recipe):
 
 def test_assignments_make_a_tree_of_yaml_values():
     assert assignments(["a=1", "b.c=1.0e-3", "b.d=[x]", "e=no"]) == {"a": 1, "b": {"c": 0.001, "d": ["x"]}, "e": False}
+
+
+def test_a_strategy_of_no_is_not_read_as_false(load):
+    config = load(overrides=["train.arguments.save_strategy=no"])
+    assert config.train.arguments["save_strategy"] == "no"

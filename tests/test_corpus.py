@@ -166,6 +166,15 @@ def test_spans_in_any_order_and_empty_ones_do_no_harm(build):
     assert stream(folder, "label")[:9] == [-1, 1, 1, -1, -1, -1, 0, 0, -1]
 
 
+def test_the_label_of_nested_spans_is_the_innermost(build):
+    spans = [[2, 4, "inner"], [1, 7, "outer"], [3, 4, "innermost"]]
+    folder = build([{"text": "12345678", "spans": spans}], block_length=9)
+    labels = ["inner", "outer", "innermost"]
+    assert Corpus(folder).labels == labels
+    expected = [None, "outer", "inner", "innermost", "outer", "outer", "outer", None, None]
+    assert stream(folder, "label") == [labels.index(label) if label else -1 for label in expected]
+
+
 def test_more_labels_than_a_byte_holds_are_an_error(build):
     records = [{"text": "12345678", "spans": [[0, 1, f"label {n}"]]} for n in range(MAX_LABELS + 1)]
     with pytest.raises(DataError, match=f"jsonl:{MAX_LABELS + 1}: expected at most {MAX_LABELS} different span labels"):

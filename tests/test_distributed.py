@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from distributed_worker import by_fully_shard
 from rho.corpus import Corpus
 from rho.models import ModelConfig
+from rho.score import mean_loss
 from rho.store import ScoreStore
 from rho.train import TrainConfig, train
 
@@ -61,6 +63,12 @@ def settings(cut: tuple[int, int, int], selection: dict, length: dict) -> dict:
     return {"ratio": 0.6, **selection, "arguments": {**arguments, **length}}
 
 
+# 5 rows do not divide the evaluation set
+EVALUATED = settings((4, 1, 2), SELECTIONS["random-step"], {"max_steps": 1})
+EVALUATED["arguments"] |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 5}
+EVALUATED["arguments"] |= {"save_strategy": "steps", "save_steps": 1}
+
+
 def name_of(selection: str, cut: tuple[int, int, int], length: dict) -> str:
     return "-".join([selection, *map(str, cut), *length])
 
@@ -81,6 +89,7 @@ def weights(
                     jobs.append(
                         {**base, "how": "trainer", "config": config, "out": str(out / name_of(name, cut, length))}
                     )
+    jobs.append({**base, "how": "trainer", "config": EVALUATED, "target": True, "out": str(out / "evaluated")})
     for scope in ("sequence", "step"):
         jobs.append({**base, "how": "fully_shard", "scope": scope, "out": str(out / f"sharded-{scope}")})
     (out / "jobs.json").write_text(json.dumps(jobs))
@@ -111,6 +120,20 @@ def test_a_ragged_last_window_is_no_exception(weights: Callable) -> None:
     for cut in CUTS[1:]:
         whole = weights("excess-step", CUTS[0], EPOCH)
         assert largest_relative_difference(weights("excess-step", cut, EPOCH), whole) < 1e-6, cut
+
+
+def test_two_ranks_evaluate_each_row_once(weights: Callable, corpus: Path) -> None:
+    checkpoint = weights.folder / "evaluated" / "checkpoints" / "checkpoint-1"  # type: ignore[attr-defined]
+    [logged] = [
+        entry
+        for entry in json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        if "eval_loss" in entry
+    ]
+    held_out = Corpus(corpus, "validation")
+    assert len(held_out) % 10, "the ranks must not come out even"
+    expected = mean_loss(AutoModelForCausalLM.from_pretrained(checkpoint), held_out)
+    assert logged["eval_tokens"] == expected.tokens
+    assert logged["eval_loss"] == pytest.approx(expected.nats_per_token, rel=1e-5)
 
 
 def test_scope_batch_is_not_invariant(weights: Callable) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import rho.evaluate
 from rho.corpus import Corpus
 from rho.errors import DataError
-from rho.evaluate import Checkpoint, EvaluateConfig, Exploration, checkpoints_of, evaluate
+from rho.evaluate import Checkpoint, EvaluateConfig, Exploration, checkpoints_of, evaluate, finished
 from rho.models import ModelConfig, make_model
 from rho.score import mean_loss
 from rho.selection import Selector
@@ -95,3 +97,22 @@ def test_the_explored_text_holds_every_token_with_both_losses_and_the_selection(
 def test_nothing_to_evaluate_is_an_error(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="0 models, 1 sets"):
         evaluate(EvaluateConfig(), [], {"a": Corpus(corpus, "validation")}, tmp_path)
+
+
+def test_a_finished_stage_is_evaluated_with_the_tokens_it_was_trained_on(reference: Path) -> None:
+    [last] = checkpoints_of(reference, "arm")
+    assert finished(str(reference)) == replace(last, model=str(reference), arm="model", content=None)
+    assert finished(str(reference / "model"), "plain") == Checkpoint(str(reference / "model"), "plain")
+
+
+def test_a_finished_evaluation_is_fresh_where_its_models_were_moved_or_deleted(
+    corpus: Path, reference: Path, tmp_path: Path
+) -> None:
+    held_out = {"held-out": Corpus(corpus, "validation")}
+    for name in ("a", "b"):
+        shutil.copytree(reference, tmp_path / name)
+    evaluate(EvaluateConfig(), checkpoints_of(tmp_path / "a", "arm"), held_out, tmp_path / "out")
+    before = (tmp_path / "out" / "losses.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "b" / "checkpoints")
+    evaluate(EvaluateConfig(), checkpoints_of(tmp_path / "b", "arm"), held_out, tmp_path / "out")
+    assert (tmp_path / "out" / "losses.jsonl").read_bytes() == before

@@ -1,6 +1,7 @@
 """A whole run, end to end: its report, freshness, one more arm, and interruption in every stage."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from conftest import example_records, write_jsonl
 from rho import cli, corpus, evaluate, pipeline, score, tokenizer, train
 from rho.config import load_config
+from rho.errors import ConfigError, MismatchError
 from rho.models import ModelConfig, source_hash
 from rho.runs import read_manifest
 
@@ -256,3 +258,42 @@ def test_one_more_arm_trains_that_arm_only(finished, config_file):
     assert all("/slm30-seed" in name for name in changed if name.startswith(("train/", "evaluate/")))
     assert before.keys() <= after.keys()
     assert "slm30" in (finished / "report" / "index.html").read_text()
+
+
+def test_a_run_is_still_fresh_when_it_was_moved_and_its_checkpoints_were_deleted(finished, config_file):
+    moved = config_file.parent / "moved"
+    shutil.copytree(finished, moved)
+    for checkpoints in moved.glob("train/*/checkpoints"):
+        shutil.rmtree(checkpoints)
+    for report in ("report/index.html", "report/summary.json", "report/manifest.json"):
+        (moved / report).unlink()
+    before = state(moved)
+    pipeline.run(load_config(config_file), moved)
+    made = {name for name, content in state(moved).items() if before.get(name) != content}
+    assert {name.split("/")[0] for name in made} == {"report", "config.yaml"}
+
+
+def test_the_report_shows_the_arms_of_the_config_only(finished, config_file):
+    folder = config_file.parent / "fewer"
+    shutil.copytree(finished, folder)
+    config = load_config(config_file, ["train.seeds=[1]", "train.arms={clm: {}, slm: {ratio: 0.6}}"])
+    pipeline.run(config, folder)
+    summary = json.loads((folder / "report" / "summary.json").read_text())
+    assert {arm: list(seeds) for arm, seeds in summary["arms"].items()} == {"clm": ["1"], "slm": ["1"]}
+    assert "random" not in (folder / "report" / "index.html").read_text().partition("<details>")[0]
+
+
+def test_a_weak_reference_is_refused_before_anything_is_trained(config_file):
+    folder = config_file.parent / "weak"
+    config = load_config(config_file, ["reference.arguments.learning_rate=1e-9"])
+    with pytest.raises(MismatchError, match=r"selects noise.*allow.weak.reference"):
+        pipeline.run(config, folder)
+    assert not (folder / "train").exists()
+    assert load_config(folder / "config.yaml") == config  # the config is there from the start
+
+
+def test_a_file_is_no_run_directory(config_file, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="file: the run directory can't be made"):
+        pipeline.run(load_config(config_file), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"

@@ -247,7 +247,8 @@ def test_what_is_missing_is_left_out_with_a_sentence(tmp_path: Path) -> None:
     put(tmp_path / "evaluate", "losses.jsonl", [], target="target")
     page, summary = report(tmp_path)
     assert summary["arms"] == {}
-    assert page.count('class="missing"') == 7
+    assert page.count('class="missing"') == 6
+    assert "Selection by label" not in page
     assert "<img" not in page
 
 

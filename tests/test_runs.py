@@ -138,6 +138,13 @@ def test_a_stage_that_failed_before_its_first_file_can_be_corrected_and_run_agai
     assert not make(tmp_path, {**CONFIG, "skip_bad_records": True})
 
 
+def test_an_empty_subfolder_is_nothing_made(tmp_path):
+    with pytest.raises(ZeroDivisionError), open_stage(tmp_path / "s", "toy", CONFIG, INPUTS):
+        (tmp_path / "s" / "checkpoints").mkdir()
+        _ = 1 / 0
+    assert make(tmp_path / "s", {"other": 1}) is False
+
+
 def test_a_stage_that_made_something_is_not_started_anew_with_another_config(tmp_path):
     with pytest.raises(DataError), open_stage(tmp_path, "toy", CONFIG, INPUTS):
         (tmp_path / ".unfinished").write_bytes(b"half an hour of work")

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,6 +163,36 @@ def test_a_reference_that_gives_no_number_is_an_error(corpus: Path, reference: P
     save_model(broken, tmp_path / "broken")
     with pytest.raises((DataError, MismatchError)):
         score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(tmp_path / "broken")), tmp_path / "out")
+
+
+def test_a_single_token_without_a_finite_score_is_an_error_that_names_its_document(
+    corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def one_bad(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        loss, entropy = score_batch(*args, **kwargs)
+        if calls == 6:  # of 8 blocks each; shards have 40
+            loss[3, 5] = torch.inf
+        return loss, entropy
+
+    monkeypatch.setattr(rho.score, "score_batch", one_bad)
+    named = rf"block 43 of {corpus}/train-00001.parquet \(documents doc-.*token 5 no finite score"
+    with pytest.raises(DataError, match=named):
+        score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(reference)), tmp_path / "out")
+    assert (tmp_path / "out" / "train-00000.parquet").exists()  # what was finished is kept
+
+
+def test_a_set_without_any_labelled_token_is_an_error(reference: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "1"}\n' * 8)
+    settings = CorpusConfig(sources=[str(tmp_path / "x.jsonl")], block_length=2, isolated=True, heldout_fraction=1.0)
+    build_corpus(settings, Tokenizer.load(tokenizer_folder), tmp_path / "x")
+    held_out = Corpus(tmp_path / "x", "validation")
+    model = load_reference(ModelConfig(path=str(reference)), held_out)
+    with pytest.raises(DataError, match="no token of the validation split has a label"):
+        mean_loss(model, held_out)
 
 
 def test_mean_loss_counts_labelled_tokens_and_their_bytes(corpus: Path, reference: Path) -> None:

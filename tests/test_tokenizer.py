@@ -192,3 +192,20 @@ def test_each_source_gives_an_equal_share_of_the_text(tmp_path):
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer")
     assert manifest.config["max_characters"] == 2000
     assert len(ids(tokenizer, "bb")) == len(ids(tokenizer, "aa")) == 1
+
+
+def test_each_source_has_a_field_of_its_own(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" * 40}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "b" * 40}) + "\n")
+    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    train_tokenizer(paths, 259, tmp_path / "out", ["text", "body"])
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer")
+    assert len(ids(tokenizer, "bb")) == len(ids(tokenizer, "aa")) == 1
+
+
+def test_a_bad_record_is_an_error_unless_it_may_be_passed_over(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "a" * 40}) + "\nbroken\n")
+    with pytest.raises(DataError, match=r"a.jsonl:2: expected one JSON object a line"):
+        train_tokenizer([str(path)], 258, tmp_path / "out")
+    train_tokenizer([str(path)], 258, tmp_path / "out", skip_bad_records=True)

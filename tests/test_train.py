@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, TrainerCallback, TrainingArguments
 
 from rho.corpus import Corpus
-from rho.data import TrainingBlocks, collate
-from rho.errors import ConfigError, MismatchError, RhoError
+from rho.data import RowOrder, TrainingBlocks, collate
+from rho.errors import ConfigError, DataError, MismatchError, RhoError
 from rho.models import ModelConfig, check_head, check_isolation, make_model
 from rho.objective import excess_loss, select_top, token_loss
 from rho.score import ScoreConfig, score_corpus
@@ -303,3 +303,52 @@ def test_a_capped_head_is_refused_by_name_however_small_its_logits(architecture:
     capped = make_model(ModelConfig(architecture={**architecture, "model_type": "gemma2", "head_dim": 8}), 50)
     with pytest.raises(MismatchError, match="final_logit_softcapping"):
         check_head(capped)
+
+
+@pytest.mark.parametrize(
+    "saving", [{"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, {"save_steps": 3}]
+)
+def test_checkpoints_are_listed_with_the_tokens_seen_by_then(
+    corpus: Path, model_config: ModelConfig, tmp_path: Path, saving: dict
+) -> None:
+    text = Corpus(corpus)
+    manifest = train(config(1.0, {**saving, "logging_steps": 4}), text, model_config, tmp_path / "clm")
+    labelled = [int((TrainingBlocks(text)[block]["labels"] != -100).sum()) for block in range(len(text))]
+    order, rows = RowOrder(len(text), 4, 0), []
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        rows += order
+    for checkpoint in manifest.facts["checkpoints"]:
+        seen = [row for row in rows[: 4 * checkpoint["step"]] if row >= 0]
+        assert checkpoint["tokens_seen"] == len(seen) * text.block_length
+        assert checkpoint["tokens_selected"] == sum(labelled[row] for row in seen)
+    assert len(manifest.facts["checkpoints"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({}, {"eval_strategy": "steps"}, r"eval_strategy is 'steps', which needs a target \(--target\)"),
+        ({"early_stopping": 2}, {}, "early_stopping: counts evaluations on the target: set eval_strategy"),
+        ({}, {"report_to": "codecarbon"}, "the trainer can't be set up with these .*codecarbon"),
+        ({}, {"load_best_model_at_end": True}, "arguments: .*load_best_model_at_end"),
+    ],
+)
+def test_arguments_at_odds_are_an_error_and_can_be_corrected(
+    corpus: Path, model_config: ModelConfig, tmp_path: Path, settings: dict, arguments: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(config(1.0, arguments, **settings), Corpus(corpus), model_config, tmp_path / "clm")
+    train(config(1.0, {"max_steps": 1}), Corpus(corpus), model_config, tmp_path / "clm")
+
+
+def test_a_ratio_that_rounds_to_no_token_says_so(
+    corpus: Path, scores: Path, model_config: ModelConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"ratio 0.01 of \d+ eligible tokens rounds to none. Ask for a larger ratio"):
+        train(config(0.01), Corpus(corpus), model_config, tmp_path / "slm", ScoreStore(scores))
+
+
+def test_the_step_log_is_among_the_outputs(corpus: Path, model_config: ModelConfig, tmp_path: Path) -> None:
+    manifest = train(config(1.0, {"max_steps": 1}), Corpus(corpus), model_config, tmp_path / "clm")
+    assert manifest.outputs["steps.jsonl"]["bytes"] == (tmp_path / "clm" / "steps.jsonl").stat().st_size

@@ -42,7 +42,12 @@ class ModelConfig(BaseModel):
     @classmethod
     def parse(cls, text: str) -> ModelConfig:
         """From the command line: a YAML or JSON file of a transformers config, else a path or name."""
-        if Path(text).suffix not in (".yaml", ".yml", ".json"):
+        suffix = Path(text).suffix
+        if suffix not in (".yaml", ".yml", ".json"):
+            if Path(text).is_file():
+                raise ConfigError(
+                    f"{text}: expected a config in a file ending in .yaml, .yml or .json, found '{suffix}'."
+                )
             return cls(path=text)
         try:
             return cls(architecture=yaml.safe_load(Path(text).read_text(encoding="utf-8")))

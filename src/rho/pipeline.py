@@ -161,7 +161,7 @@ class _Pipeline:
         """The page, made anew if any stage's output is new."""
         page = self.folder / "report" / "index.html"
         inputs = {str(path.parent.relative_to(self.folder)): hash_file(path) for path in self.manifests()}
-        made = Manifest("report", {"target": self.config.target}, inputs)
+        made = Manifest("report", self.config.model_dump(mode="json"), inputs)
         if page.is_file() and is_made_from(page.parent, made):
             say(f"every stage in {self.folder} is fresh: nothing to do. Report: {page}")
             return page

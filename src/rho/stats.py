@@ -42,6 +42,7 @@ class SelectionStats:
         asked: Tensor | None = None,
         ref_loss_BT: Tensor | None = None,
         label_BT: Tensor | None = None,
+        padding_B: Tensor | None = None,
     ) -> None:
         """Count one micro-batch; nothing is moved to the host.
 
@@ -51,6 +52,7 @@ class SelectionStats:
             asked: how many tokens should have been selected, where that is known; counted apart from the mask.
             ref_loss_BT: the reference's losses, for the excess.
             label_BT: the tokens' labels.
+            padding_B: which rows are padding: their tokens are not counted.
         """
         loss_selected = loss_BT.double().masked_fill(~selected_BT, 0.0).sum()
         loss_all = loss_BT.double().masked_fill(~eligible_BT, 0.0).sum()
@@ -59,8 +61,9 @@ class SelectionStats:
             excess = excess_loss(loss_BT, ref_loss_BT)[eligible_BT & ref_loss_BT.isfinite()].float()
             differs = (excess.abs() > 1e-4 + SAME_LOSS * loss_BT.nan_to_num().max()).sum()
             self._excess = excess
+        padding = 0 if padding_B is None else padding_B.sum()
         counts = [
-            torch.tensor(loss_BT.numel(), device=loss_BT.device),
+            torch.tensor(loss_BT.numel(), device=loss_BT.device) - loss_BT.shape[1] * padding,
             eligible_BT.sum(),
             selected_BT.sum(),
             selected_BT.sum() if asked is None else asked,

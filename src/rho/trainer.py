@@ -302,6 +302,7 @@ class SelectiveTrainer(DurableTrainer):
         step.done += 1
         step.selected = step.selected + selected.sum()
         block = inputs.get("block", torch.full((len(selected),), -1, device=selected.device))
+        padding = block < 0 if "block" in inputs else None
         step.blocks.append(block)
         step.bad_blocks.append(block[(outputs["eligible"] & ~outputs["token_loss"].isfinite()).any(-1)])
         if "score" in outputs:
@@ -309,7 +310,8 @@ class SelectiveTrainer(DurableTrainer):
         # What a whole step was asked for is checked at its end, what a micro-batch was asked for there.
         active = self.selector.at(self.state.global_step)
         asked = active.num_selected(outputs["eligible"])
-        self._stats.add(outputs["token_loss"], outputs["eligible"], selected, asked, inputs.get("ref_loss"), label)
+        scored = inputs.get("ref_loss")
+        self._stats.add(outputs["token_loss"], outputs["eligible"], selected, asked, scored, label, padding)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None) -> Tensor:
         """One micro-batch; after the last of a step whose count was not known before, the gradients are put right."""

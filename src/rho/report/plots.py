@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from rho.report.data import Evaluation, Step
 from rho.report.summary import label_share
@@ -73,6 +73,7 @@ class _Canvas:
         FigureCanvasSVG(self.figure)
         self.axes: Any = self.figure.add_subplot()
         self.axes.set(xlabel=x, ylabel=y)
+        self.axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         self.keys: list[Key] = []
 
     def line(self, name: str, x: Sequence[float], y: Sequence[float], every: int = 1) -> str:

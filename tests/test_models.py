@@ -1,0 +1,69 @@
+"""Models made from a config, or told apart from one that can't be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rho.errors import ConfigError
+from rho.models import ModelConfig, ends_documents, make_model, save_model, source_hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "lama"}, r"architecture.model_type: expected one that transformers knows \(llama, .*'lama'"),
+        ({"model_type": None}, r"architecture.model_type: expected one .* found None"),
+        ({"hiden_size": 8}, r"architecture.hiden_size: no setting of a llama config. Expected one of hidden_size"),
+        ({"hidden_size": "wide"}, r"no llama can be made with these settings .*hidden_size.*expected int"),
+        ({"num_attention_heads": 5}, r"no llama can be made with these settings .*attention heads"),
+        ({"num_attention_heads": 0}, r"no llama can be made with these settings"),
+    ],
+)
+def test_an_architecture_that_can_not_be_made_is_named(architecture: dict, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_model(ModelConfig(architecture={**architecture, **changes}), 300)
+
+
+def test_a_model_that_is_no_causal_language_model_is_named() -> None:
+    with pytest.raises(ConfigError, match="no t5 can be made with these settings .*AutoModelForCausalLM"):
+        make_model(ModelConfig(architecture={"model_type": "t5"}), 300)
+
+
+def test_names_of_older_transformers_configs_are_understood(architecture: dict) -> None:
+    older = {"rope_theta": 5e5, "torch_dtype": "float32", "attn_implementation": "eager"}
+    model = make_model(ModelConfig(architecture={**architecture, **older}), 300)
+    assert model.config.rope_parameters["rope_theta"] == 5e5
+
+
+def test_new_weights_are_those_of_the_seed(architecture: dict) -> None:
+    config = ModelConfig(architecture=architecture)
+    one, same, other = (make_model(config, 300, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_new_model_ends_its_text_with_the_corpus_end_token(architecture: dict, tmp_path: Path) -> None:
+    model = make_model(ModelConfig(architecture=architecture), 300)
+    ends_documents(model, 7)
+    save_model(model, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "model" / name).read_text())["eos_token_id"] == 7
+
+
+def test_the_content_hash_is_that_of_weights_and_config_wherever_they_are(architecture: dict, tmp_path: Path) -> None:
+    model = make_model(ModelConfig(architecture=architecture), 300)
+    for folder in ("a", "b"):
+        save_model(model, tmp_path / folder)
+    a, b = (source_hash(ModelConfig(path=str(tmp_path / folder))) for folder in ("a", "b"))
+    assert a == b
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    save_model(model, tmp_path / "b")
+    assert source_hash(ModelConfig(path=str(tmp_path / "b"))) != a
+    (tmp_path / "b" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"not a model folder: expected config[.]json and weights"):
+        source_hash(ModelConfig(path=str(tmp_path / "b")))
