@@ -29,7 +29,7 @@ def test_an_architecture_that_can_not_be_made_is_named(architecture: dict, chang
 
 
 def test_a_model_that_is_no_causal_language_model_is_named() -> None:
-    with pytest.raises(ConfigError, match="no t5 can be made with these settings .*AutoModelForCausalLM"):
+    with pytest.raises(ConfigError, match=r"no t5 can be made with these settings .*AutoModelForCausalLM"):
         make_model(ModelConfig(architecture={"model_type": "t5"}), 300)
 
 
