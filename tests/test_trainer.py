@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from rho.corpus import Corpus
 from rho.data import RowOrder, TrainingBlocks, collate
+from rho.durable import HOOKS, DurableTrainer
 from rho.errors import ConfigError, DataError
 from rho.models import ModelConfig, check_head, make_model, with_lora
 from rho.objective import excess_loss, select_top, token_loss
@@ -696,3 +697,12 @@ def test_the_model_card_says_what_the_model_was_made_of(
     assert rows["scores:reference (SHA-256)"] == ScoreStore(scores).manifest.fingerprint
     assert re.fullmatch("[0-9a-f]{64}", rows["model (SHA-256)"])
     assert rows["torch"] == torch.__version__ and rows["transformers"]
+
+
+def test_a_trainer_that_lacks_what_is_overridden_is_refused(fake_trainer: SelectiveTrainer, monkeypatch: Any) -> None:
+    for ours in (DurableTrainer, SelectiveTrainer):
+        private = {name for name in vars(ours) if name.startswith("_") and not name.startswith("__")}
+        assert {name for name in private if hasattr(Trainer, name)} <= set(HOOKS)
+    monkeypatch.delattr(Trainer, "_get_grad_norm")
+    with pytest.raises(ConfigError, match=r"its Trainer has no _get_grad_norm, .* Install transformers 5.3"):
+        DurableTrainer(fake_trainer.model, fake_trainer.args)

@@ -6,10 +6,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import EarlyStoppingCallback, Trainer
 
 from rho.checkpoints import PARTIAL, check, checkpoints, commit, remove
+from rho.errors import ConfigError
 from rho.runs import sync
+
+# Private and late-come methods of `Trainer` that are overridden here: where a version lacks one, ours is never called.
+HOOKS = (
+    "_get_eval_sampler",
+    "_get_grad_norm",
+    "_get_learning_rate",
+    "_get_train_sampler",
+    "_load_best_model",
+    "_run_epoch",
+    "_save_checkpoint",
+    "get_batch_samples",
+)
 
 
 class DurableTrainer(Trainer):
@@ -17,9 +31,20 @@ class DurableTrainer(Trainer):
 
     Attributes:
         step_log: what is logged about steps, made durable with each checkpoint; None for none.
+
+    Raises:
+        ConfigError: a version of Transformers whose `Trainer` works otherwise.
     """
 
     step_log: Path | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if missing := [name for name in HOOKS if not hasattr(Trainer, name)]:
+            raise ConfigError(
+                f"transformers {transformers.__version__}: its Trainer has no {', '.join(missing)}, so steps and "
+                "checkpoints would go unchecked. Install transformers 5.3 or later; 5.23 is tested."
+            )
+        super().__init__(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As `Trainer`, but a checkpoint that is there is whole."""
