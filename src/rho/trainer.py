@@ -167,6 +167,7 @@ class SelectiveTrainer(DurableTrainer):
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, train_dataset=Padded(train_dataset), **kwargs)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # compute_loss divides for the whole step
+        self.accelerator.gradient_accumulation_steps = 1  # nor may `backward`, which older versions ask to divide
         self.selector, self.step_log, self.cut = selector, step_log, cut
         self.order = RowOrder(len(train_dataset), args.train_batch_size * args.world_size, args.seed)  # type: ignore[arg-type]
         self._stats = SelectionStats(selector, label_names or [])
