@@ -7,6 +7,7 @@ CORPUS and SCORES are folders that `rho corpus` and `rho score` wrote; MODEL is 
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -52,9 +53,11 @@ def main(corpus: str, scores: str, model_path: str, out: str) -> None:
     """Train on the whole corpus once and save a plain Transformers model."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(model_path)
-    data = TrainingBlocks(Corpus(corpus), ScoreStore(scores))  # refuses scores of another corpus or tokenizer
+    text = Corpus(corpus)
+    data = TrainingBlocks(text, ScoreStore(scores))  # refuses scores of another corpus or tokenizer
     train(model, DataLoader(data, batch_size=8, shuffle=True), learning_rate=1e-3)
     model.save_pretrained(out)
+    text.tokenizer.save(Path(out))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import torch.distributed as dist
 
 from rho.corpus import Corpus
 from rho.data import TrainingBlocks, collate
+from rho.distributed import all_gather
+from rho.forward import selective_forward
 from rho.models import ModelConfig, make_model
 from rho.selection import Selector
 from rho.store import ScoreStore
 from rho.train import TrainConfig, train
-from rho.trainer import all_gather, selective_forward
 
 
 def by_trainer(job: dict) -> None:

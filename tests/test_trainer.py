@@ -20,13 +20,14 @@ from rho.corpus import Corpus
 from rho.data import RowOrder, TrainingBlocks, collate
 from rho.durable import HOOKS, DurableTrainer
 from rho.errors import ConfigError, DataError
+from rho.forward import selective_forward
 from rho.models import ModelConfig, check_head, make_model, with_lora
 from rho.objective import excess_loss, select_top, token_loss
 from rho.score import ScoreConfig, mean_loss, score_corpus
 from rho.selection import RunningThreshold, Schedule, Selector, dataset_cut, random_score
 from rho.store import ScoreStore
 from rho.train import TrainConfig, train
-from rho.trainer import SelectiveTrainer, selective_forward
+from rho.trainer import SelectiveTrainer
 
 ARGUMENTS = {
     "per_device_train_batch_size": 4,

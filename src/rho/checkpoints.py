@@ -27,7 +27,8 @@ def commit(partial: Path, final: Path) -> None:
         if path.is_file():
             name = path.relative_to(partial).as_posix()
             files[name] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
-    write_json(partial / HASHES, {"files": files, "sha256": hash_json(files)})
+    step = step_of(final)  # so that no other checkpoint can take this one's name
+    write_json(partial / HASHES, {"files": files, "step": step, "sha256": hash_json([files, step])})
     os.replace(partial, final)
     sync(final.parent)
 
@@ -36,8 +37,10 @@ def damage(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, a line a file; empty if every file is as it was written, and no other there."""
     try:
         hashes = json.loads((checkpoint / HASHES).read_bytes())
-        if hashes["sha256"] != hash_json(hashes["files"]):
+        if hashes["sha256"] != hash_json([hashes["files"], hashes["step"]]):
             return [f"{HASHES}: content changed"]
+        if hashes["step"] != step_of(checkpoint):
+            return [f"made after step {hashes['step']}"]
     except OSError as error:
         return [f"{HASHES}: {error.strerror}"]
     except (ValueError, KeyError, TypeError):

@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from rho.errors import ConfigError, RhoError, Stopped
 from rho.progress import say
+
+
+class _Command(TyperCommand):
+    """One subcommand; imports take seconds, so that it says something before them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        say("rho: loading")
+        return super().invoke(ctx)
 
 
 class _Commands(TyperGroup):
@@ -61,7 +69,7 @@ SkipBadRecords = Annotated[bool, typer.Option(help="Count and list unreadable re
 Seed = Annotated[int, typer.Option(help="Seed of new weights, data order and random selection.")]
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo(out: RunFolder = None, overrides: Set = None) -> None:
     """The whole pipeline on text that is on this machine already; ends in a report."""
     from rho.pipeline import DEMO
@@ -69,21 +77,20 @@ def demo(out: RunFolder = None, overrides: Set = None) -> None:
     run(DEMO, out, overrides)
 
 
-@app.command()
+@app.command(cls=_Command)
 def run(
     config: Annotated[Path, typer.Argument(help="The run's YAML, for instance recipes/demo.yaml.")],
     out: RunFolder = None,
     overrides: Set = None,
 ) -> None:
     """Every stage of a config, in order; what is fresh is left alone, what was interrupted goes on."""
-    say("rho: loading")
     from rho import pipeline
     from rho.config import load_config
 
     print(pipeline.run(load_config(config, overrides or []), out))
 
 
-@app.command()
+@app.command(cls=_Command)
 def tokenizer(
     sources: Annotated[list[str], typer.Argument(help="Text: files, folders, hf:NAME, docstrings:PACKAGE ...")],
     out: Out,
@@ -92,14 +99,13 @@ def tokenizer(
     skip_bad_records: SkipBadRecords = False,
 ) -> None:
     """Train a byte-level BPE tokenizer."""
-    say("rho: loading")
     from rho.tokenizer import train_tokenizer
 
     train_tokenizer(sources, vocab_size, out, [text_field], skip_bad_records=skip_bad_records)
     print(out / "tokenizer")
 
 
-@app.command()
+@app.command(cls=_Command)
 def corpus(
     sources: Annotated[list[str], typer.Argument(help="Text: files, folders, hf:NAME, docstrings:PACKAGE ...")],
     tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder, or Hugging Face name.")],
@@ -107,7 +113,7 @@ def corpus(
     block_length: Annotated[int, typer.Option(help="Tokens in a block.")] = 1024,
     isolated: Annotated[bool, typer.Option(help="Documents in a block don't see each other.")] = False,
     heldout_fraction: Annotated[float, typer.Option(help="Share of documents for the validation split.")] = 0.0,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after the document that reaches this.")] = None,
     text_field: TextField = "text",
     eos: Annotated[str | None, typer.Option(help="The tokenizer's end-of-document token.")] = None,
     skip_bad_records: SkipBadRecords = False,
@@ -132,13 +138,13 @@ def corpus(
     print(out)
 
 
-@app.command()
+@app.command(cls=_Command)
 def reference(corpus: CorpusFolder, model: ModelPath, out: Out, seed: Seed = 0, arguments: Arguments = None) -> None:
     """Train a reference: plain language modeling on a curated corpus."""
     train(corpus, model, out, seed=seed, arguments=arguments)
 
 
-@app.command()
+@app.command(cls=_Command)
 def score(
     corpus: CorpusFolder,
     reference: Annotated[str, typer.Option(help="The reference: folder or Hugging Face name.")],
@@ -161,7 +167,7 @@ def score(
     print(out)
 
 
-@app.command()
+@app.command(cls=_Command)
 def train(
     corpus: CorpusFolder,
     model: ModelPath,
@@ -213,7 +219,7 @@ def train(
     print(out / "model")
 
 
-@app.command()
+@app.command(cls=_Command)
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Models or checkpoints: folders or Hugging Face names.")],
     held_out: Annotated[list[str], typer.Option(help="name=corpus folder, whose validation split is evaluated.")],
@@ -230,7 +236,7 @@ def evaluate(
     print((out / "losses.jsonl").read_text(), end="")
 
 
-@app.command()
+@app.command(cls=_Command)
 def report(run_folder: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Make the report of a run directory."""
     from rho.report import write_report

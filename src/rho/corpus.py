@@ -49,7 +49,7 @@ class CorpusConfig(BaseModel):
         block_length: tokens in a block.
         isolated: documents do not see each other (position ids restart); otherwise packed, the paper's way.
         heldout_fraction: share of the documents, chosen by content, that goes to the `validation` split.
-        max_tokens: stop after this many tokens.
+        max_tokens: stop after the document that reaches this many tokens.
         shard_blocks: blocks in a shard: the unit of scoring and of resuming.
         seed: of the choice of held-out documents.
         skip_bad_records: count and list unreadable records instead of stopping.

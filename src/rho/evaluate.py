@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rho.checkpoints import check
+from rho.checkpoints import check, step_of
 from rho.corpus import Corpus
 from rho.data import CombineReferences, combined
 from rho.errors import DataError
@@ -47,15 +47,16 @@ class EvaluateConfig(BaseModel):
 class Checkpoint:
     """A model to evaluate, and where in which training run it stood.
 
-    `content` is the hash that a training run recorded of it: what was evaluated stays known when it is deleted.
+    None where that is not known. `content` is the hash that a training run recorded of it: what was evaluated stays
+    known when it is deleted.
     """
 
     model: str
     arm: str = "model"
     seed: int = 0
-    step: int = 0
-    tokens_seen: int = 0
-    tokens_selected: int = 0
+    step: int | None = 0
+    tokens_seen: int | None = None
+    tokens_selected: int | None = None
     content: str | None = None
 
 
@@ -83,13 +84,17 @@ def checkpoints_of(train_folder: str | os.PathLike[str], arm: str) -> list[Check
 
 
 def finished(model: str, name: str = "model") -> Checkpoint:
-    """A finished model: of a train stage's folder, with what it was trained on; of any other source without."""
-    if not (Path(model) / MANIFEST).is_file():
-        return Checkpoint(model, name)
-    manifest = read_manifest(model, "train")
-    last: dict[str, Any] = max(manifest.facts["checkpoints"], key=lambda c: c["step"], default={})
-    counts = {key: last[key] for key in ("step", "tokens_seen", "tokens_selected") if key in last}
-    return Checkpoint(model, name, manifest.config["seed"], **counts)
+    """A model by its folder or name; with what it was trained on where it is (part of) a finished train stage."""
+    path = Path(model)
+    for stage in (path, path.parent, path.parent.parent):
+        if not (stage / MANIFEST).is_file():
+            continue
+        manifest = read_manifest(stage, "train")
+        step = step_of(path) if path.parent.name == "checkpoints" else manifest.facts["step"]
+        found = [c for c in manifest.facts["checkpoints"] if c["step"] == step]
+        counts = {key: found[0][key] for key in ("tokens_seen", "tokens_selected")} if found else {}
+        return Checkpoint(model, name, manifest.config["seed"], step, **counts)
+    return Checkpoint(model, name, step=None)
 
 
 def evaluate(
@@ -200,7 +205,7 @@ def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfi
     loss = score_batch(model, batch)[0].cpu()
     columns = _reference_columns(explore, batch)
     ref_loss = columns["ref_loss"]
-    selected = _selected(explore.selector, entry.step, batch["labels"], loss, columns)
+    selected = _selected(explore.selector, entry.step or 0, batch["labels"], loss, columns)
     excess = excess_loss(loss, ref_loss).masked_fill(batch["labels"] == IGNORE_INDEX, torch.nan)
     tables = [
         _token_table(entry, corpus, row, loss[b], ref_loss[b], excess[b], selected[b]) for b, row in enumerate(rows)

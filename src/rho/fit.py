@@ -14,10 +14,11 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from rho.checkpoints import newest_good, step_of
+from rho.distributed import all_gather, rank
 from rho.errors import ConfigError, Stopped
 from rho.progress import say, track
 from rho.runs import Stage, atomic_write
-from rho.trainer import SelectiveTrainer, all_gather, rank
+from rho.trainer import SelectiveTrainer
 
 
 def keep_rows_a_step(args: TrainingArguments, stage: Stage) -> int:
@@ -55,6 +56,7 @@ def fit(trainer: SelectiveTrainer, folder: Path, block_length: int, rows_a_step:
 
     Raises:
         Stopped: SIGTERM arrived; there is a checkpoint of the last step.
+        KeyboardInterrupt: Ctrl-C, likewise.
     """
     last = newest_good(folder / "checkpoints") if rank() == 0 else None
     own = torch.tensor([step_of(last) if last else 0], device=trainer.args.device)
@@ -63,50 +65,74 @@ def fit(trainer: SelectiveTrainer, folder: Path, block_length: int, rows_a_step:
         _forget_after(folder / "steps.jsonl", step)
     if step:
         say(f"train {folder.name}: going on from step {step}")
+    elif (folder / "steps.jsonl").is_file():
+        say(f"train {folder.name}: no checkpoint was made yet, starting from step 0")
     tokens = rows_a_step * block_length
     total = trainer.args.max_steps
     if total <= 0:
         total = math.ceil(math.ceil(trainer.order.rows / rows_a_step) * trainer.args.num_train_epochs)
-    with track(f"train {folder.name}", total * tokens, step * tokens) as advance, Sigterm() as sigterm:
-        trainer.add_callback(_Progress(trainer, lambda: advance(tokens), sigterm))
+    with track(f"train {folder.name}", total * tokens, step * tokens) as advance, Signals() as signals:
+        trainer.add_callback(_Progress(trainer, lambda: advance(tokens), signals))
         trainer.train(resume_from_checkpoint=str(folder / "checkpoints" / f"checkpoint-{step}") if step else None)
-        if sigterm.received:
-            raise Stopped(
-                f"{folder}: stopped by SIGTERM after step {trainer.state.global_step}. Run the same command again to "
-                "go on."
-            )
+        if signals.received is None or trainer.state.global_step >= trainer.state.max_steps:
+            return
+    stopped = f"{folder}: stopped by {signals.received.name} after step {trainer.state.global_step}, with a checkpoint"
+    if signals.received == signal.SIGINT:
+        say(stopped)
+        raise KeyboardInterrupt
+    raise Stopped(f"{stopped}. Run the same command again to go on.")
 
 
-class Sigterm:
-    """Remembers a SIGTERM instead of dying of it: the step is finished and a checkpoint written first."""
+class Signals:
+    """Remembers a SIGTERM or Ctrl-C instead of dying of it: the step is finished and a checkpoint written first.
 
-    received = False
+    A second Ctrl-C is not waited with.
+    """
 
-    def __enter__(self) -> Sigterm:
+    received: signal.Signals | None = None
+
+    def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._handle)
+            self._before = {kind: signal.signal(kind, self._handle) for kind in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def _handle(self, *_: Any) -> None:
-        self.received = True
+    def _handle(self, kind: int, *_: Any) -> None:
+        if kind == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.received = signal.Signals(kind)
 
     def __exit__(self, *_: object) -> None:
-        # Once asked to end, a second SIGTERM must not cut the way out short.
-        if threading.current_thread() is threading.main_thread() and not self.received:
-            signal.signal(signal.SIGTERM, self._before)
+        if threading.current_thread() is threading.main_thread():
+            for kind, handler in self._before.items():
+                if kind != self.received or kind == signal.SIGINT:  # a second SIGTERM must not cut the way out short
+                    signal.signal(kind, handler)
 
 
 class _Progress(TrainerCallback):
-    """Tells of each step; after a SIGTERM to any rank, all of them write a checkpoint and stop after the same one."""
+    """Tells of each step; after a signal to any rank, all of them write a checkpoint and stop after the same one."""
 
-    def __init__(self, trainer: SelectiveTrainer, advance: Callable[[], None], sigterm: Sigterm) -> None:
-        self.trainer, self.advance, self.sigterm = trainer, advance, sigterm
+    def __init__(self, trainer: SelectiveTrainer, advance: Callable[[], None], signals: Signals) -> None:
+        self.trainer, self.advance, self.signals = trainer, advance, signals
+        self.stopping = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         self.advance()
-        if self.trainer.total(int(self.sigterm.received)):
-            self.sigterm.received = True
-            control.should_save = control.should_log = control.should_training_stop = True
+        received = int(max(all_gather(torch.tensor([self.signals.received or 0], device=args.device))))
+        epoch_ends = state.epoch == int(state.epoch) and args.eval_strategy == "epoch"
+        if received and not epoch_ends:  # else one step later, so that the epoch's evaluation is in the checkpoint
+            self.signals.received = signal.Signals(received)
+            self.trainer._save_checkpoint(self.trainer.model, None)  # whatever the save strategy makes of `should_save`
+            self.stopping = control.should_training_stop = True
+            return self._nothing_more(control)
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        return self._nothing_more(control) if self.stopping else control
+
+    @staticmethod
+    def _nothing_more(control: Any) -> Any:
+        """A minute may be all there is before a SIGKILL."""
+        control.should_save = control.should_evaluate = control.should_log = False
         return control
 
 

@@ -74,9 +74,12 @@ def make_model(
     if config.architecture is not None:
         set_seed(seed)
         return _new_model({"vocab_size": vocab_size, **config.architecture}, dtype)
+    path = str(config.path)
+    if not Path(path).is_dir() and (path.count("/") > 1 or path[:1] in "./~"):  # no name on the Hub looks like this
+        raise ConfigError(f"{path}: no such folder (seen from {Path.cwd()}).")
     try:
         return AutoModelForCausalLM.from_pretrained(
-            model_folder(str(config.path)),
+            model_folder(path),
             dtype=dtype,
             revision=config.revision or "main",
             trust_remote_code=config.trust_remote_code,
@@ -166,18 +169,52 @@ def head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     return weight, getattr(base, "bias", None)
 
 
-def with_lora(model: PreTrainedModel, lora: dict[str, Any] | None) -> Any:
-    """The model with LoRA adapters: `lora` holds fields of `peft.LoraConfig`; None leaves it as it is."""
+def with_lora(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int = 0) -> Any:
+    """The model with new LoRA adapters, drawn with `seed`.
+
+    Args:
+        model: what is adapted.
+        lora: fields of `peft.LoraConfig`; None leaves the model as it is.
+        seed: of the adapters.
+
+    Raises:
+        ConfigError: unknown settings, or adapters whose loss or merged model would be wrong.
+    """
     if lora is None:
         return model
+    if lora.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        raise ConfigError(
+            f"lora.init_lora_weights: '{lora['init_lora_weights']}' changes the weights of the model itself, which "
+            "checkpoints of adapters do not hold. Leave it out, or take gaussian or orthogonal."
+        )
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ConfigError("lora: needs peft. Install it with `pip install rho-lm[peft]`.") from None
+    set_seed(seed)
     try:
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {error}. Its settings are fields of peft.LoraConfig.") from error
+    _check_adapted_head(adapted, lora)
+    return adapted
+
+
+def _check_adapted_head(model: Any, lora: dict[str, Any]) -> None:
+    """Refuse what `head` and merging would get wrong without a word."""
+    network = plain(model)
+    embedding, layer = network.get_input_embeddings(), network.get_output_embeddings()
+    adapted = [hasattr(one, "get_delta_weight") or hasattr(one, "modules_to_save") for one in (embedding, layer)]
+    if any(adapted) and network.config.tie_word_embeddings:
+        raise ConfigError(
+            "lora: its target_modules or modules_to_save name the embeddings or the head, which are one weight in this "
+            "model: merging would change both. Leave them out, or take a model with tie_word_embeddings: false."
+        )
+    if unlike := [name for name in ("use_dora", "lora_bias", "lora_dropout") if adapted[1] and lora.get(name)]:
+        raise ConfigError(
+            f"lora.{unlike[0]}: not with an adapted head, whose weight is read as a whole. Leave the head out of "
+            "target_modules, or this setting."
+        )
 
 
 @torch.no_grad()
@@ -242,12 +279,12 @@ def model_name(config: ModelConfig) -> str:
     return config.path or f"new {config.architecture and config.architecture.get('model_type')}"
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Write a plain Transformers model into `folder`, which appears whole or not at all."""
+def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a plain Transformers model, or other `weights` of it, into `folder`, which appears whole or not at all."""
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)

@@ -211,7 +211,7 @@ def open_stage(
     asked = Manifest(stage, json.loads(json.dumps(config)), dict(inputs))
     if follow:
         found = _load(folder)
-        yield Stage(folder, asked, fresh=found is not None and found.status == "complete")
+        yield Stage(folder, asked, fresh=found is not None and _is_fresh(folder, found))
         return
     lock = FileLock(folder / LOCK)
     try:
@@ -243,15 +243,17 @@ def _enter(folder: Path, asked: Manifest) -> Stage:
         asked.write(folder)
         return Stage(folder, asked, fresh=False)
     _check_made_from(folder, asked, found)
-    missing = _missing_outputs(folder, found)
-    fresh = found.status == "complete" and not missing
-    if fresh:
+    if fresh := _is_fresh(folder, found):
         say(f"{found.stage} {folder}: fresh")
     else:
         found.status = "running"
-        for name in missing:
+        for name in _missing_outputs(folder, found):
             del found.outputs[name]
     return Stage(folder, found, fresh)
+
+
+def _is_fresh(folder: Path, found: Manifest) -> bool:
+    return found.status == "complete" and not _missing_outputs(folder, found)
 
 
 def _nothing_made(folder: Path, found: Manifest) -> bool:

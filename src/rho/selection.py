@@ -157,8 +157,8 @@ class Selector:
     def columns(self) -> tuple[str, ...]:
         """The reference's columns that the scores are made from."""
         needed = {"excess": "ref_loss", "ref_loss": "ref_loss", "ref_entropy": "ref_entropy"}
-        found = (needed[part.score] for part in self.parts if part.score in needed and part.selective)
-        return tuple(dict.fromkeys(found))
+        found = (needed[part.score] for part in self.parts if part.score in needed)
+        return tuple(dict.fromkeys(found)) if self.selective else ()
 
     def eligible(self, labels_BT: Tensor, columns: dict[str, Tensor]) -> Tensor:
         """Tokens that take part: they have a label and, where the score needs one, a finite reference value.

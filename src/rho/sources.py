@@ -129,7 +129,8 @@ def _files(source: str) -> list[Path]:
     # Path.glob takes no absolute pattern.
     places = [place] if place.exists() else [Path(name) for name in sorted(glob.glob(source, recursive=True))]
     if not places:
-        raise DataError(f"{source}: expected a file, folder or glob, found nothing there. Check the path.")
+        here = "" if place.is_absolute() else f" (seen from {Path.cwd()})"
+        raise DataError(f"{source}: expected a file, folder or glob, found nothing there{here}. Check the path.")
     files = []
     for place in places:
         if place.is_dir():

@@ -56,10 +56,11 @@ class SelectionStats:
         """
         loss_selected = loss_BT.double().masked_fill(~selected_BT, 0.0).sum()
         loss_all = loss_BT.double().masked_fill(~eligible_BT, 0.0).sum()
-        differs = torch.zeros((), device=loss_BT.device)
+        differs = compared = torch.zeros((), device=loss_BT.device)
         if ref_loss_BT is not None:
             excess = excess_loss(loss_BT, ref_loss_BT)[eligible_BT & ref_loss_BT.isfinite()].float()
-            differs = (excess.abs() > 1e-4 + SAME_LOSS * loss_BT.nan_to_num().max()).sum()
+            same = (excess.abs() <= 1e-4 + SAME_LOSS * loss_BT.nan_to_num().max()).sum()
+            differs, compared = excess.numel() - same, torch.tensor(excess.numel(), device=loss_BT.device)
             self._excess = excess
         padding = 0 if padding_B is None else padding_B.sum()
         counts = [
@@ -70,6 +71,7 @@ class SelectionStats:
             loss_selected,
             loss_all,
             differs,
+            compared,
         ]
         if self.label_names and label_BT is not None:
             for mask in (eligible_BT, selected_BT):
@@ -85,6 +87,10 @@ class SelectionStats:
         """One float64 vector, to be summed over ranks and given to `record`."""
         return torch.stack(self._parts).sum(0)
 
+    def go_on(self, sums: Tensor) -> None:
+        """Begin with what was counted before an interruption."""
+        self._parts.append(sums)
+
     def record(self, sums: Tensor) -> dict[str, Any]:
         """The counts as a log record, after checking that selection did what it was asked to.
 
@@ -94,8 +100,8 @@ class SelectionStats:
             RhoError: another number of tokens was selected than asked for, the loss is not finite, or the reference
                 agrees with the model on every token.
         """
-        tokens, eligible, selected, asked, loss_selected, loss_all, differs, *by_label = sums.tolist()
-        if selected != asked or selected == 0:
+        tokens, eligible, selected, asked, loss_selected, loss_all, differs, compared, *by_label = sums.tolist()
+        if selected != asked:
             raise RhoError(
                 f"selection is not doing what it was asked to: {selected:.0f} of {eligible:.0f} eligible tokens were "
                 f"selected, {asked:.0f} were asked for. Training stopped; please report this."
@@ -104,7 +110,8 @@ class SelectionStats:
             raise RhoError(
                 f"the training loss is {loss_all}. Training stopped: lower the learning rate, check the data."
             )
-        if any(part.score == "excess" for part in self.selector.parts) and self.selector.selective and differs == 0:
+        ranks_excess = self.selector.selective and any(part.score == "excess" for part in self.selector.parts)
+        if ranks_excess and compared and differs == 0:
             raise RhoError(
                 "the excess loss is zero for every token: the reference and the model are the same weights, so nothing "
                 "is selected by it. Give another reference, or train with ratio 1.0."
@@ -117,7 +124,7 @@ class SelectionStats:
             "eligible": int(eligible),
             "selected": int(selected),
             "ratio": selected / eligible,
-            "loss_selected": loss_selected / selected,
+            "loss_selected": loss_selected / selected if selected else None,
             "loss_unselected": (loss_all - loss_selected) / rest if rest else None,
             "loss_all": loss_all / eligible,
             "excess": self._quantiles(),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+SHOWN = 4  # blocks that a message names
+
 
 @dataclass
 class Step:
@@ -41,6 +43,6 @@ class Step:
         if not blocks:
             return "rows without a block number"
         corpus = getattr(rows, "corpus", None)
-        if corpus is None:
-            return f"blocks {', '.join(map(str, blocks[:8]))}"
-        return "; ".join(corpus.describe(block) for block in blocks[:4])
+        named = [corpus.describe(block) if corpus else f"block {block}" for block in blocks[:SHOWN]]
+        more = f" and {len(blocks) - SHOWN} more" if len(blocks) > SHOWN else ""
+        return ("" if bad else "one or more of ") + "; ".join(named) + more

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from rho.errors import ConfigError, DataError
-from rho.progress import Advance, track
+from rho.progress import Advance, say, track
 from rho.runs import Manifest, hash_json, open_stage
 from rho.sources import SkippedRecord, read_documents, source_hashes
 
@@ -166,7 +166,8 @@ def train_tokenizer(
         "max_characters": max_characters,
         "skip_bad_records": skip_bad_records,
     }
-    on_bad = (lambda _: None) if skip_bad_records else None
+    skipped: list[SkippedRecord] = []
+    on_bad = skipped.append if skip_bad_records else None
     with open_stage(out, "tokenizer", config, source_hashes(sources)) as stage:
         if stage.fresh:
             return stage.manifest
@@ -197,7 +198,9 @@ def train_tokenizer(
             )
         tokenizer.save(stage.folder / "tokenizer")
         stage.add_folder("tokenizer")
-        return stage.finish(fingerprint=tokenizer.fingerprint)
+        for record in skipped:
+            say(f"tokenizer: passed over {record.where} ({record.reason})")
+        return stage.finish(fingerprint=tokenizer.fingerprint, skipped_records=len(skipped))
 
 
 def _texts(

@@ -6,6 +6,7 @@ Plain causal language modeling is ratio 1.0 of the same code; so is the training
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from rho.checkpoints import checkpoints, step_of
 from rho.corpus import Corpus
 from rho.data import CombineReferences, TrainingBlocks
-from rho.durable import EarlyStopping
+from rho.distributed import rank
+from rho.durable import OWN_STATE, EarlyStopping
 from rho.errors import ConfigError, MismatchError
 from rho.fit import fit, keep_rows_a_step
 from rho.models import (
@@ -39,7 +41,7 @@ from rho.runs import Manifest, atomic_write, environment, open_stage
 from rho.score import check_tokenizer, mean_loss
 from rho.selection import Combine, Schedule, Scope, Score, Selector, Weighting
 from rho.store import ScoreStore
-from rho.trainer import SelectiveTrainer, rank
+from rho.trainer import SelectiveTrainer
 
 # Ours where they differ from transformers'. Everything else is transformers' own default.
 DEFAULT_ARGUMENTS: dict[str, Any] = {
@@ -61,6 +63,7 @@ REFUSED_ARGUMENTS = {
     ),
     **dict.fromkeys(("auto_find_batch_size", "resume_from_checkpoint"), "a run goes on with the rows a step it began"),
     "enable_jit_checkpoint": "SIGTERM leads to a checkpoint anyway",
+    "eval_on_start": "a resumed run would evaluate once more",
     **dict.fromkeys(("label_smoothing_factor", "train_sampling_strategy"), "without effect on loss and order here"),
 }
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -78,6 +81,9 @@ def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name}: {REFUSED_ARGUMENTS[name]}, leave it out")
         if value is False and name.endswith("_strategy"):
             value = "no"  # as YAML reads a plain `no`
+        if name == "fsdp" and value is True:
+            checked[name] = value  # which its type does not say yet
+            continue
         try:
             value = TypeAdapter(kinds[name]).validate_python(value)  # YAML reads 1e-3 as a string
         except ValidationError as error:
@@ -205,6 +211,8 @@ def train(
     data = TrainingBlocks(corpus, stores, config.references.combine, config.references.weights, columns)
     inputs = {"corpus": corpus.fingerprint, "model": source_hash(model, config.seed)}
     inputs |= {f"scores:{name}": store.manifest.fingerprint for name, store in data.stores.items()}
+    if config.lora and model.path is None:
+        raise ConfigError("lora: adapters need a finished model to adapt; give one as model.path (--model FOLDER).")
     with open_stage(out, "train", config.model_dump(mode="json"), inputs, follow=rank() > 0) as stage:
         if stage.fresh:
             return stage.manifest
@@ -222,15 +230,17 @@ def train(
         rows_a_step = keep_rows_a_step(args, stage)
         trainer = _trainer(config, network, args, data, TrainingBlocks(target) if target is not None else None)
         fit(trainer, stage.folder, corpus.block_length, rows_a_step)
+        # Sharded weights are put together by all ranks.
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
         if rank() > 0:
             return stage.manifest
-        trained = trainer.model.merge_and_unload() if config.lora else network
-        save_model(trained, stage.folder / "model")
+        save_model(trainer.model.merge_and_unload() if config.lora else network, stage.folder / "model", weights)
         corpus.tokenizer.save(stage.folder / "model")
         write_card(stage.folder / "model" / "README.md", config, model_name(model), stage.manifest.inputs)
         stage.add_folder("model")
         stage.add_output(STEP_LOG)
-        return stage.finish(checkpoints=_checkpoints(stage.folder, trainer.state.log_history))
+        best = trainer.state.best_global_step if args.load_best_model_at_end else None
+        return stage.finish(step=best or trainer.state.global_step, checkpoints=_checkpoints(stage.folder))
 
 
 def _trainer(
@@ -243,7 +253,7 @@ def _trainer(
     selector = config.selector
     try:
         return SelectiveTrainer(
-            with_lora(network, config.lora),
+            with_lora(network, config.lora, config.seed),
             selector,
             args,
             data,
@@ -315,6 +325,11 @@ def training_arguments(config: TrainConfig, folder: Path, evaluates: bool = Fals
         made = TrainingArguments(**{"disable_tqdm": True, **arguments}, output_dir=str(folder), seed=config.seed)
     except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"arguments: {error}. They are fields of transformers.TrainingArguments.") from error
+    if made.eval_strategy == "epoch" and made.save_strategy == "steps":
+        raise ConfigError(
+            "arguments: a checkpoint of an epoch's last step would come before that epoch's evaluation, which a "
+            "resumed run leaves out: set eval_strategy and save_strategy both to 'epoch', or both to 'steps'."
+        )
     if made.eval_strategy != "no" and not evaluates:
         raise ConfigError(f"arguments: eval_strategy is '{made.eval_strategy.value}', which needs a target (--target).")
     if config.early_stopping and made.eval_strategy == "no":
@@ -345,16 +360,18 @@ def check_reference(model: PreTrainedModel, scores: ScoreStore, target: Corpus, 
         )
 
 
-def _checkpoints(folder: Path, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _checkpoints(folder: Path) -> list[dict[str, Any]]:
     """Every checkpoint with its content hash and the tokens it had seen, in order of steps."""
-    counts = {entry["step"]: entry for entry in history if "tokens_seen" in entry}
-    return [
-        {
-            "folder": path.relative_to(folder).as_posix(),
-            "content": source_hash(ModelConfig(path=str(path))),
-            "step": step_of(path),
-            "tokens_seen": counts[step_of(path)]["tokens_seen"],
-            "tokens_selected": counts[step_of(path)]["tokens_selected"],
-        }
-        for path in checkpoints(folder / "checkpoints")
-    ]
+    found = []
+    for path in checkpoints(folder / "checkpoints"):
+        counts = json.loads((path / OWN_STATE).read_bytes())
+        found.append(
+            {
+                "folder": path.relative_to(folder).as_posix(),
+                "content": source_hash(ModelConfig(path=str(path))),
+                "step": step_of(path),
+                "tokens_seen": counts["tokens_seen"],
+                "tokens_selected": counts["tokens_selected"],
+            }
+        )
+    return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,109 +12,23 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from rho.data import Padded, RowOrder, collate
+from rho.distributed import all_gather, rank
 from rho.durable import DurableTrainer
 from rho.errors import ConfigError, DataError, MismatchError, RhoError
-from rho.linear_loss import linear_loss_sum, linear_token_loss
-from rho.models import check_head, head, hidden_states, plain
-from rho.objective import IGNORE_INDEX, num_to_select, predictors
+from rho.forward import selective_forward
+from rho.models import check_head, plain
+from rho.objective import num_to_select
 from rho.progress import say
 from rho.selection import Cut, RunningThreshold, Selector
 from rho.stats import SelectionStats
 from rho.step import Step
 
-CLM = Selector(ratio=1.0)
 COLUMNS = ("ref_loss", "ref_entropy")
-
-
-def selective_forward(selector: Selector) -> Callable[..., dict[str, Tensor]]:
-    """A `forward` for a causal language model that returns the numerator of Eq. 4 instead of logits.
-
-    It replaces the model's own, so that the loss is computed inside whatever wraps the model (DDP, FSDP, autocast).
-    """
-
-    def forward(
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        labels: Tensor,
-        step: int = 0,
-        block: Tensor | None = None,
-        ref_loss: Tensor | None = None,
-        ref_entropy: Tensor | None = None,
-        selected: Tensor | None = None,
-        threshold: float | None = None,
-        rest_weight: Tensor | None = None,
-        **_: Any,
-    ) -> dict[str, Tensor]:
-        active = selector.at(step) if model.training else CLM
-        columns = {n: v for n, v in (("ref_loss", ref_loss), ("ref_entropy", ref_entropy)) if v is not None}
-        hidden_ND = predictors(hidden_states(model, input_ids, position_ids)).flatten(0, 1)
-        weight, bias = head(model)
-        eligible = active.eligible(labels, columns)
-
-        def losses(where: Tensor) -> Tensor:
-            wanted = labels.masked_fill(~where, IGNORE_INDEX).flatten()
-            return linear_token_loss(hidden_ND, weight, wanted, bias)[0].view_as(labels)
-
-        loss = None if active.static or selected is not None else losses(eligible)
-        out: dict[str, Tensor] = {"eligible": eligible}
-        if selected is None and active.selective:
-            scores = [part.scores(loss, columns, block, labels.shape[1], step) for part in active.parts]
-            if active.weighting != "mask":
-                selected = eligible
-                row_weight = active.soft_weights(scores[0], eligible)
-            elif active.scope == "step" or (active.scope == "running" and threshold is None):
-                selected = active.select_step([scores], [eligible], all_gather, rank())[0]
-            else:
-                selected = active.select(scores, eligible, threshold)
-        elif selected is None:
-            selected = eligible
-        if active.weighting == "mask":
-            row_weight = selected.float()
-            if rest_weight is not None:
-                row_weight = torch.where(eligible & ~selected, rest_weight.float(), row_weight)
-        rows = row_weight.flatten().nonzero().squeeze(-1)
-        weighted = active.weighting != "mask" or rest_weight is not None
-        loss_sum, row_loss = linear_loss_sum(
-            hidden_ND.index_select(0, rows),
-            weight,
-            labels.flatten()[rows],
-            bias,
-            row_weight.flatten()[rows] if weighted else None,
-        )
-        if loss is None:  # for the log alone
-            loss = losses(eligible & (row_weight == 0))
-            loss.view(-1)[rows] = row_loss
-        if active.scope == "running" and active.selective:  # what its threshold follows
-            out["score"] = active.scores(loss, columns, block, labels.shape[1], step)
-        return out | {"loss": loss_sum, "token_loss": loss, "selected": selected}
-
-    return forward
-
-
-def rank() -> int:
-    """This process's place among the ranks; before they have met, as their launcher says."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-
-
-def all_gather(own_N: Tensor) -> list[Tensor]:
-    """1-D tensors, of any lengths, from all ranks in order."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [own_N]
-    lengths = [torch.zeros(1, dtype=torch.int64, device=own_N.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor([len(own_N)], device=own_N.device))
-    longest = max(int(length) for length in lengths)
-    padded = torch.zeros(longest, dtype=own_N.dtype, device=own_N.device)
-    padded[: len(own_N)] = own_N
-    found = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(found, padded)
-    return [part[: int(length)] for part, length in zip(found, lengths, strict=True)]
 
 
 class SelectiveTrainer(DurableTrainer):
@@ -124,8 +38,8 @@ class SelectiveTrainer(DurableTrainer):
     step, over micro-batches and ranks.
 
     Args:
-        model: a causal language model, or one with LoRA. Its `forward` is replaced as long as the trainer lives; what
-            it saves is plain.
+        model: a causal language model, or one with LoRA. Called by anyone but this trainer it does what it always did;
+            what it saves is plain.
         selector: which tokens to train on.
         train_dataset: rows with input_ids, position_ids, labels, block, and the reference's columns of the score.
         label_names: names of the token labels in the rows' `label`, for the share of each in the log.
@@ -163,7 +77,7 @@ class SelectiveTrainer(DurableTrainer):
         check_head(model)
         if args.torch_compile:  # selection has shapes that depend on the data: only the backbone gains from it
             plain(model).base_model.compile(backend=compiled, mode=args.torch_compile_mode)
-        model.forward = MethodType(selective_forward(selector), model)
+        model.forward = MethodType(_either(selective_forward(selector), model.forward), model)
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, train_dataset=Padded(train_dataset), **kwargs)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # compute_loss divides for the whole step
@@ -173,6 +87,7 @@ class SelectiveTrainer(DurableTrainer):
         self._stats = SelectionStats(selector, label_names or [])
         self._logged_at = time.monotonic()
         self.skip_nonfinite, self._skipped = skip_nonfinite, 0
+        self._seen = {"tokens": 0, "selected": 0}  # until the last log
         self._threshold = RunningThreshold()
         self._step = Step()
         self.add_callback(_Housekeeping(self))
@@ -211,7 +126,9 @@ class SelectiveTrainer(DurableTrainer):
         else:
             counts = [count for mask in eligible if (count := active.num_selected(mask)) is not None]
             asked = self.total(sum(counts, torch.zeros((), dtype=torch.int64)))
-        if batches and asked == 0:
+        # A cut through the whole corpus, or two selections, may leave nothing of a step: its gradient is zero then.
+        may_be_none = active.scope == "dataset" or active.second is not None
+        if batches and asked == 0 and not (may_be_none and total > 0):
             why = (
                 f"ratio {active.ratio} of {int(total)} eligible tokens rounds to none. Ask for a larger ratio, a wider "
                 "scope or longer blocks"
@@ -224,10 +141,10 @@ class SelectiveTrainer(DurableTrainer):
         rest = total - asked
         if active.retention and rest > 0:
             for batch in batches:
-                batch["rest_weight"] = active.retention * asked.double() / rest
+                batch["rest_weight"] = active.retention * asked.clamp(min=1).double() / rest
         one_pass_threshold = active.scope == "running" and active.selective and self._threshold.value is not None
         self._step = Step(len(batches), asked, exact=not one_pass_threshold)
-        return batches, asked
+        return batches, asked.clamp(min=1)
 
     def _decide(self, active: Selector, batches: list[dict], eligible: list[Tensor]) -> list[Tensor] | None:
         """The masks, where they must be, or can as well be, known before the forward; None where it decides."""
@@ -265,7 +182,7 @@ class SelectiveTrainer(DurableTrainer):
         was_training = self.model_wrapped.training
         self.model_wrapped.eval()  # no dropout: what is selected depends on no draw, and a resumed run selects the same
         with self.compute_loss_context_manager():
-            outputs = self.model_wrapped(**inputs, selected=nothing)
+            outputs = self.model_wrapped(**inputs, selected=nothing, selective=True)
         self.model_wrapped.train(was_training)
         return outputs["token_loss"]
 
@@ -289,7 +206,7 @@ class SelectiveTrainer(DurableTrainer):
         label = inputs.pop("label", None)
         if self._threshold.value is not None:
             inputs["threshold"] = self._threshold.value
-        outputs = model(**inputs, step=self.state.global_step)
+        outputs = model(**inputs, step=self.state.global_step, selective=True)
         if num_items_in_batch is None:
             loss = outputs["loss"] / outputs["eligible"].sum()
         else:
@@ -349,19 +266,14 @@ class SelectiveTrainer(DurableTrainer):
             if counted:
                 record = self._stats.record(self.accelerator.reduce(self._stats.sums(), "sum"))
             self._stats = SelectionStats(self.selector, self._stats.label_names)
-            before = self.last_logged()
             now, tokens = time.monotonic(), record.pop("tokens")
-            record["tokens_seen"] = before.get("tokens_seen", 0) + tokens
-            record["tokens_selected"] = before.get("tokens_selected", 0) + record["selected"]
+            self._seen["tokens"] += tokens
+            self._seen["selected"] += record["selected"]
+            record["tokens_seen"], record["tokens_selected"] = self._seen["tokens"], self._seen["selected"]
             record["tokens_per_second"] = round(tokens / (now - self._logged_at), 1)
             record["ratio_asked"] = self.selector.at(self.state.global_step - 1).ratio
             if self._threshold.value is not None:
-                threshold = self._threshold
-                record |= {
-                    "threshold": threshold.value,
-                    "threshold_slope": threshold.slope,
-                    "ratio_owed": threshold.owed,
-                }
+                record["threshold"] = self._threshold.value
             if self._skipped:
                 record["skipped"] = self._skipped
             self._logged_at = now
@@ -372,14 +284,26 @@ class SelectiveTrainer(DurableTrainer):
             logs |= {name: value for name, value in record.items() if isinstance(value, int | float)}
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.last_logged().get("step") != self.state.global_step:  # carries counts and threshold in its log history
-            self.log({"learning_rate": self._get_learning_rate()})
-        super()._save_checkpoint(model, trial)
+    def own_state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the state of `Trainer`: counts, also those not logged yet, and threshold."""
+        sums = self.accelerator.reduce(self._stats.sums(), "sum").tolist() if self._stats else []
+        tokens, _, selected = sums[:3] if sums else (0, 0, 0)
+        return {
+            "tokens_seen": int(self._seen["tokens"] + tokens),
+            "tokens_selected": int(self._seen["selected"] + selected),
+            "logged": self._seen,
+            "not_logged": sums,
+            "skipped": self._skipped,
+            "threshold": dataclasses.asdict(self._threshold),
+        }
 
-    def last_logged(self) -> dict[str, Any]:
-        """The newest log entry of ours: it travels with checkpoints, so counts and threshold go on where they were."""
-        return next((entry for entry in reversed(self.state.log_history) if "tokens_seen" in entry), {})
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Go on from what `own_state` gave."""
+        self._seen, self._skipped = dict(state["logged"]), state["skipped"]
+        self._threshold = RunningThreshold(**state["threshold"])
+        if state["not_logged"]:
+            sums = torch.tensor(state["not_logged"], dtype=torch.float64, device=self.args.device)
+            self._stats.go_on(sums if self.is_world_process_zero() else torch.zeros_like(sums))
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Mean loss over all labelled tokens of the evaluation set: one sum over one count, over batches and ranks."""
@@ -389,7 +313,8 @@ class SelectiveTrainer(DurableTrainer):
         with torch.no_grad():
             for batch in self.get_eval_dataloader(eval_dataset):
                 with self.compute_loss_context_manager():
-                    outputs = model(**{k: v for k, v in self._prepare_inputs(batch).items() if k != "label"})
+                    inputs = {k: v for k, v in self._prepare_inputs(batch).items() if k != "label"}
+                    outputs = model(**inputs, selective=True)
                 sums += torch.stack([outputs["loss"].double(), outputs["eligible"].sum().double()])
         model.train(was_training)
         nats, tokens = self.accelerator.reduce(sums, "sum").tolist()
@@ -417,8 +342,9 @@ class SelectiveTrainer(DurableTrainer):
         )
         if self._skipped >= self.skip_nonfinite:
             raise RhoError(
-                f"{message}. Training stopped before the update; the last checkpoint is good. Look at these documents, "
-                "lower the learning rate, or allow a number of such steps to be left out with skip_nonfinite."
+                f"{message}. Training stopped before the update; what was saved before is good. Look at these "
+                "documents, lower the learning rate, or allow N such steps to be left out (--on-nonfinite skip=N; "
+                "skip_nonfinite: N in a config)."
             )
         self._skipped += 1
         say(f"{message}: left out, {self._skipped} of at most {self.skip_nonfinite}")
@@ -432,12 +358,14 @@ class _Housekeeping(TrainerCallback):
     def __init__(self, trainer: SelectiveTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        last = self.trainer.last_logged()
-        self.trainer._threshold = RunningThreshold(
-            last.get("threshold"), last.get("threshold_slope", 0.0), last.get("ratio_owed", 0.0)
-        )
-        self.trainer._skipped = last.get("skipped", 0)
-
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.order.set_epoch(int(state.epoch))
+
+
+def _either(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that is `ours` where `selective` is asked for, and `theirs`, the model's own, for everybody else."""
+
+    def forward(model: PreTrainedModel, *args: Any, selective: bool = False, **kwargs: Any) -> Any:
+        return ours(model, **kwargs) if selective else theirs(*args, **kwargs)
+
+    return forward

@@ -200,8 +200,9 @@ def _note(arms: list[list[list[Step]]]) -> str:
     logged = max((len({step.step for run in runs for step in run}) for runs in arms), default=0)
     size = math.ceil(logged / MOST_POINTS)
     seeds = max((len(runs) for runs in arms), default=0)
-    parts = [f"up to {size} consecutive logged steps"] * (size > 1) + [f"{seeds} seeds"] * (seeds > 1)
-    return f"Each point is the mean over {' and '.join(parts)}." if parts else "Each point is one logged step."
+    parts = [f"up to {size} consecutive log entries"] * (size > 1) + [f"{seeds} seeds"] * (seeds > 1)
+    over = f"the mean over {' and '.join(parts)}, each" if parts else "one log entry:"
+    return f"Each point is {over} the training steps since the entry before."
 
 
 def _middles(groups: list[list[Step]]) -> list[float]:

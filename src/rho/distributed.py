@@ -1,0 +1,28 @@
+"""What the processes of one training tell each other."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's place among the ranks; before they have met, as their launcher says."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def all_gather(own_N: Tensor) -> list[Tensor]:
+    """1-D tensors, of any lengths, from all ranks in order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [own_N]
+    lengths = [torch.zeros(1, dtype=torch.int64, device=own_N.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(own_N)], device=own_N.device))
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=own_N.dtype, device=own_N.device)
+    padded[: len(own_N)] = own_N
+    found = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(found, padded)
+    return [part[: int(length)] for part, length in zip(found, lengths, strict=True)]
