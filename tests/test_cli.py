@@ -317,8 +317,11 @@ def test_what_to_do_about_them_is_checked(failure, train, given):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 @pytest.mark.parametrize("settings", SELECTIONS.values(), ids=SELECTIONS.keys())
-def test_every_setting_of_a_selection_can_be_given(rho, train, scores, tmp_path, settings):
+def test_every_setting_of_a_selection_can_be_given(rho, train, scores, tmp_path, architecture, settings):
     options = [word for setting in settings for word in ("--selection", setting)]
+    if "lora" in settings[0]:
+        save_model(make_model(ModelConfig(architecture=architecture), 300, seed=1), tmp_path / "base")
+        options += ["--model", tmp_path / "base"]
     result = rho(*train, "--scores", scores, "--ratio", 0.6, *options)
     assert result.code == 0, result.err
     found = read_manifest(tmp_path / "model").config

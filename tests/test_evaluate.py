@@ -101,8 +101,9 @@ def test_nothing_to_evaluate_is_an_error(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_finished_stage_is_evaluated_with_the_tokens_it_was_trained_on(reference: Path) -> None:
     [last] = checkpoints_of(reference, "arm")
-    assert finished(str(reference)) == replace(last, model=str(reference), arm="model", content=None)
-    assert finished(str(reference / "model"), "plain") == Checkpoint(str(reference / "model"), "plain")
+    for folder in (reference, reference / "model", reference / "checkpoints" / "checkpoint-12"):
+        assert finished(str(folder)) == replace(last, model=str(folder), arm="model", content=None)
+    assert finished("somebody/model", "plain") == Checkpoint("somebody/model", "plain", step=None)
 
 
 def test_a_finished_evaluation_is_fresh_where_its_models_were_moved_or_deleted(

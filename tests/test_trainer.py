@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -20,11 +22,12 @@ from rho.corpus import Corpus
 from rho.data import RowOrder, TrainingBlocks, collate
 from rho.durable import HOOKS, DurableTrainer
 from rho.errors import ConfigError, DataError
+from rho.evaluate import EvaluateConfig, checkpoints_of, evaluate
 from rho.forward import selective_forward
-from rho.models import ModelConfig, check_head, make_model, with_lora
+from rho.models import ModelConfig, check_head, make_model, save_model, with_lora
 from rho.objective import excess_loss, select_top, token_loss
 from rho.score import ScoreConfig, mean_loss, score_corpus
-from rho.selection import RunningThreshold, Schedule, Selector, dataset_cut, random_score
+from rho.selection import Cut, RunningThreshold, Schedule, Selector, dataset_cut, random_score
 from rho.store import ScoreStore
 from rho.train import TrainConfig, train
 from rho.trainer import SelectiveTrainer
@@ -222,7 +225,7 @@ def compare(trainer: SelectiveTrainer, selector: Selector, seed: int, size: int,
     mask, loss = slow_step(model, selector, rows, size, threshold)  # type: ignore[arg-type]
     n = int(selector.eligible(rows["labels"], rows).sum())
     asked = round(selector.ratio * n) if threshold is not None else len(mask)
-    if asked == 0:
+    if asked == 0 and (n == 0 or selector.second is None):
         with pytest.raises((DataError, ValueError), match=r"no token to train on|selects none of the corpus's"):
             fast_step(trainer, selector, rows, size, threshold)
         return
@@ -230,8 +233,8 @@ def compare(trainer: SelectiveTrainer, selector: Selector, seed: int, size: int,
     assert found == mask
     if selector.scope == "step" and selector.second is None:
         assert len(found) == round(selector.ratio * n)
-    if not mask:  # nothing lies above the threshold
-        assert all(not gradient.any() for gradient in gradients)
+    if not mask:  # nothing lies above the threshold, or in both selections
+        assert selector.retention or all(not gradient.any() for gradient in gradients)
         return
     torch.testing.assert_close(fast_loss, loss.detach(), rtol=1e-6, atol=0)
     for fast, slow in zip(gradients, torch.autograd.grad(loss, list(model.parameters())), strict=True):  # type: ignore
@@ -622,10 +625,89 @@ def test_the_train_stage_with_lora_writes_a_plain_model(
     config = TrainConfig(
         ratio=0.6, lora={"r": 2, "target_modules": ["q_proj"]}, arguments={"max_steps": 2, "save_steps": 1}
     )
-    train(config, Corpus(corpus), model_config, tmp_path / "slm", ScoreStore(scores))
+    with pytest.raises(ConfigError, match="adapters need a finished model to adapt"):
+        train(config, Corpus(corpus), model_config, tmp_path / "new", ScoreStore(scores))
+    save_model(make_model(model_config, 300), tmp_path / "base")
+    base = ModelConfig(path=str(tmp_path / "base"))
+    manifests = [train(config, Corpus(corpus), base, tmp_path / name, ScoreStore(scores)) for name in ("slm", "again")]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "slm" / "model").config.model_type == "llama"
-    with pytest.raises(ConfigError, match=r"lora: .*ranks"):
-        with_lora(make_model(model_config, 300), {"ranks": 2})
+    contents = [[checkpoint["content"] for checkpoint in made.facts["checkpoints"]] for made in manifests]
+    assert contents[0] == contents[1], "new adapters are those of the seed"
+    sets = {"held-out": Corpus(corpus, "validation")}
+    evaluate(EvaluateConfig(), checkpoints_of(tmp_path / "slm", "slm"), sets, tmp_path / "losses")
+    last = json.loads((tmp_path / "losses" / "losses.jsonl").read_text().splitlines()[-1])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "slm" / "model")
+    assert last["loss"] == pytest.approx(mean_loss(merged, sets["held-out"]).nats_per_token, rel=1e-6)
+
+
+@peft_warns
+@pytest.mark.parametrize(
+    ("lora", "tied", "message"),
+    [
+        ({"ranks": 2}, False, r"lora: .*ranks"),
+        ({"target_modules": ["lm_head"]}, True, "name the embeddings or the head, which are one weight"),
+        ({"target_modules": ["embed_tokens"]}, True, "name the embeddings or the head, which are one weight"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True, "which are one weight"),
+        ({"target_modules": ["lm_head"], "use_dora": True}, False, "lora.use_dora: not with an adapted head"),
+        ({"target_modules": ["lm_head"], "lora_dropout": 0.1}, False, "lora.lora_dropout: not with an adapted head"),
+        (
+            {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+            False,
+            "'pissa' changes the weights of the model",
+        ),
+    ],
+)
+def test_lora_that_would_train_or_merge_wrongly_is_refused(
+    architecture: dict, lora: dict, tied: bool, message: str
+) -> None:
+    pytest.importorskip("peft")
+    model = make_model(ModelConfig(architecture={**architecture, "tie_word_embeddings": tied}), 300)
+    with pytest.raises(ConfigError, match=message), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with_lora(model, lora)
+
+
+def test_a_model_can_be_called_by_others_during_and_after_the_training(
+    corpus: Path, scores: Path, architecture: dict, tmp_path: Path
+) -> None:
+    data = TrainingBlocks(Corpus(corpus), ScoreStore(scores))
+    model = make_model(ModelConfig(architecture=architecture), 300)
+    trainer = make_trainer(model, Selector(ratio=0.6), data, tmp_path, max_steps=1)
+    ids = data[0]["input_ids"][None]
+    assert model(input_ids=ids).logits.shape == (1, 16, 300)
+    trainer.train()
+    assert model.eval().generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 18)
+
+
+@pytest.mark.parametrize("second", [None, Selector("ref_entropy", 0.1)])
+def test_a_step_without_a_selected_token_has_a_zero_gradient(fake_trainer: SelectiveTrainer, second: Any) -> None:
+    rows = step_rows(1, torch.arange(ROWS))
+    rows["ref_entropy"] = -rows["ref_loss"]  # what the one selects the other does not
+    selector = Selector("ref_loss", 0.1, second=second)
+    if second is None:
+        selector = Selector("ref_loss", 0.1, "dataset")
+    rows = {name: value[:1] for name, value in rows.items()}
+    fake_trainer.cut = Cut(math.inf, 0, 0) if second is None else None
+    fake_trainer.selector = selector
+    model = fake_trainer.model
+    model.forward = MethodType(selective_forward(selector), model)
+    model.zero_grad()
+    batches, count = fake_trainer.get_batch_samples(iter([rows]), 1, torch.device("cpu"))
+    loss = fake_trainer.training_step(model, batches[0], count)
+    assert count == 1 and loss == 0
+    assert all(not p.grad.any() for p in model.parameters())  # type: ignore[union-attr]
+
+
+def test_what_is_left_at_the_end_is_logged_as_well(
+    corpus: Path, scores: Path, architecture: dict, tmp_path: Path
+) -> None:
+    data = TrainingBlocks(Corpus(corpus), ScoreStore(scores))
+    model = make_model(ModelConfig(architecture=architecture), 300)
+    trainer = make_trainer(model, Selector(ratio=0.6), data, tmp_path, max_steps=5, logging_steps=3)
+    trainer.train()
+    records = [entry for entry in trainer.state.log_history if "tokens_seen" in entry]
+    assert [record["step"] for record in records] == [1, 3, 5]
+    assert records[-1]["tokens_seen"] == 5 * trainer.args.train_batch_size * 16
 
 
 # --- the target: evaluation, early stopping, the best model ------------------------------------------------------

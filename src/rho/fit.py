@@ -113,7 +113,6 @@ class _Progress(TrainerCallback):
 
     def __init__(self, trainer: SelectiveTrainer, advance: Callable[[], None], signals: Signals) -> None:
         self.trainer, self.advance, self.signals = trainer, advance, signals
-        self.stopping = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         self.advance()
@@ -121,19 +120,26 @@ class _Progress(TrainerCallback):
         epoch_ends = state.epoch == int(state.epoch) and args.eval_strategy == "epoch"
         if received and not epoch_ends:  # else one step later, so that the epoch's evaluation is in the checkpoint
             self.signals.received = signal.Signals(received)
-            self.trainer._save_checkpoint(self.trainer.model, None)  # whatever the save strategy makes of `should_save`
-            self.stopping = control.should_training_stop = True
-            return self._nothing_more(control)
+            self.trainer.interrupted = control.should_training_stop = True
+            if not control.should_log:  # else the checkpoint must know of that
+                self.trainer._save_checkpoint(self.trainer.model, None)  # whatever the save strategy would do
+            self._no_more(control)
         return control
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.interrupted:
+            self.trainer._save_checkpoint(self.trainer.model, None)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        return self._nothing_more(control) if self.stopping else control
+        if self.trainer.interrupted:
+            control.should_log = False
+            self._no_more(control)
+        return control
 
     @staticmethod
-    def _nothing_more(control: Any) -> Any:
+    def _no_more(control: Any) -> None:
         """A minute may be all there is before a SIGKILL."""
-        control.should_save = control.should_evaluate = control.should_log = False
-        return control
+        control.should_save = control.should_evaluate = False
 
 
 def _forget_after(log: Path, step: int) -> None:

@@ -130,7 +130,7 @@ def source_hash(config: ModelConfig, seed: int = 0) -> str:
     folder = Path(model_folder(config.path))
     if not folder.is_dir():
         return hash_json([config.path, config.revision])
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*model*.bin")]
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
     if not weights or not configs:
         raise ConfigError(f"{folder}: not a model folder: expected config.json and weights (*.safetensors).")

@@ -87,6 +87,7 @@ class SelectiveTrainer(DurableTrainer):
         self._stats = SelectionStats(selector, label_names or [])
         self._logged_at = time.monotonic()
         self.skip_nonfinite, self._skipped = skip_nonfinite, 0
+        self.interrupted = False  # whether the run stops before its end, to go on another time
         self._seen = {"tokens": 0, "selected": 0}  # until the last log
         self._threshold = RunningThreshold()
         self._step = Step()
@@ -260,7 +261,8 @@ class SelectiveTrainer(DurableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what selection did to the trainer's own log, and write the step record."""
-        if "learning_rate" in logs:
+        at_the_end = "train_runtime" in logs and bool(self._stats) and not self.interrupted
+        if "learning_rate" in logs or at_the_end:
             counted = bool(self._stats)  # not where every step was left out
             record: dict[str, Any] = {"tokens": 0, "selected": 0}
             if counted:
