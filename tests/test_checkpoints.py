@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,11 +25,11 @@ from rho import train as stage
 from rho.checkpoints import HASHES, check, checkpoints, damage, newest_good
 from rho.corpus import Corpus
 from rho.data import TrainingBlocks
-from rho.errors import ConfigError, DataError, RhoError
+from rho.errors import ConfigError, DataError, RhoError, Stopped
 from rho.evaluate import EvaluateConfig, checkpoints_of, evaluate
 from rho.fit import keep_rows_a_step
 from rho.models import ModelConfig, make_model
-from rho.runs import Manifest, Stage
+from rho.runs import Manifest, Stage, read_manifest
 from rho.selection import Selector
 from rho.store import ScoreStore, Shards
 from rho.train import TrainConfig, train
@@ -470,3 +472,77 @@ def test_a_run_of_two_processes_goes_on_with_one(
 def test_newest_good_of_nothing_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert newest_good(tmp_path / "checkpoints") is None
     assert capsys.readouterr().err == ""
+
+
+SAVING = {
+    "epoch": {"save_strategy": "epoch"},
+    "best": {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"},
+    "one": {"save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"},
+}
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_whatever_is_saved_otherwise_and_the_run_ends_alike(
+    kind: signal.Signals, saving: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"max_steps": 8, "logging_steps": 3, **SAVING[saving]}
+    run(tmp_path / "whole", arguments)
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(Stopped if kind == signal.SIGTERM else KeyboardInterrupt):
+        before_step(patch, 5, lambda: signal.raise_signal(kind))
+        run(tmp_path / "cut", arguments)
+    signal.signal(signal.SIGTERM, before)
+    last = checkpoints(tmp_path / "cut" / "checkpoints")[-1]
+    assert last.name == "checkpoint-5" and damage(last) == []
+    run(tmp_path / "cut", arguments)
+    model = Path("model") / "model.safetensors"
+    assert (tmp_path / "cut" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+    assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+
+
+def test_a_checkpoint_under_another_ones_name_is_damage(whole: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    (copy / "checkpoint-4").rename(copy / "checkpoint-40")
+    assert damage(copy / "checkpoint-40") == ["made after step 4"]
+
+
+def test_a_moved_run_still_ends_with_the_best_model(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    rising = {"learning_rate": 2.0, "warmup_steps": 12, "max_steps": 12, "metric_for_best_model": "eval_loss"}
+    run(tmp_path / "whole", best | rising)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SelectiveTrainer, "_load_best_model", Mock(side_effect=KeyboardInterrupt))
+        run(tmp_path / "cut", best | rising)
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    run(tmp_path / "moved", best | rising)
+    model = Path("model") / "model.safetensors"
+    assert (tmp_path / "moved" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+    assert read_manifest(tmp_path / "moved").facts["step"] < 12
+
+
+def test_workers_that_stay_draw_nothing_from_the_random_numbers_of_the_training(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    arguments = {**workers, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4}
+    dropout = {"attention_dropout": 0.3}
+    run(tmp_path / "whole", arguments, dropout)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 3)
+        run(tmp_path / "cut", arguments, dropout)
+    run(tmp_path / "cut", arguments, dropout)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], None]) -> None:
+    """From now on something happens in that step of a training."""
+    original, done = SelectiveTrainer.training_step, []
+
+    def training_step(self: Any, *args: Any) -> Any:
+        done.append(1)
+        if len(done) == step:
+            what()
+        return original(self, *args)
+
+    monkeypatch.setattr(SelectiveTrainer, "training_step", training_step)

@@ -135,7 +135,8 @@ class DurableTrainer(Trainer):
 
 def _with_own_generator(loader: Any, seed: int) -> Any:
     """A data loader draws a seed for its workers whenever it begins, so also where a resumed run does not."""
-    loader.generator = torch.Generator().manual_seed(seed)
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper has another inside
+    inner.generator = torch.Generator().manual_seed(seed)
     return loader
 
 
