@@ -117,8 +117,8 @@ def recipe_section(name: str, summary: dict[str, Any]) -> str:
 
 KILLS = """## Killed and resumed
 
-A tiny training was killed with SIGKILL at {kills} random moments, {writing} of them while a checkpoint was being written
-or removed, and resumed each time: weights, optimizer and step log {verdict} to those of a run without kills.
+A tiny training was killed with SIGKILL at {kills} random moments, {writing} of them while a checkpoint was being
+written or removed, and resumed each time: weights, optimizer and step log {verdict} to those of a run without kills.
 
     python benchmarks/kill_training.py
 """
