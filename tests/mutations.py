@@ -35,7 +35,7 @@ MUTATIONS = [
     ),
     Mutation(
         "hidden states are shifted twice",
-        "trainer.py",
+        "forward.py",
         "hidden_ND = predictors(hidden_states(model, input_ids, position_ids))",
         "hidden_ND = predictors(predictors(hidden_states(model, input_ids, position_ids)))",
         step("excess-sequence"),
@@ -156,8 +156,8 @@ MUTATIONS = [
     Mutation(
         "retention is subtracted",
         "trainer.py",
-        "active.retention * asked.double() / rest",
-        "-active.retention * asked.double() / rest",
+        "active.retention * asked.clamp(min=1)",
+        "-active.retention * asked.clamp(min=1)",
         step("retention"),
     ),
     Mutation(

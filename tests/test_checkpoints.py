@@ -481,8 +481,9 @@ SAVING = {
 }
 
 
-@pytest.mark.parametrize("saving", SAVING)
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("saving", "kind"), [*((saving, signal.SIGTERM) for saving in SAVING), ("epoch", signal.SIGINT)]
+)
 def test_a_signal_leaves_a_checkpoint_whatever_is_saved_otherwise_and_the_run_ends_alike(
     kind: signal.Signals, saving: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
