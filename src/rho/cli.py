@@ -5,6 +5,8 @@ Heavy modules are imported inside the commands, so that `rho --help` answers at 
 
 from __future__ import annotations
 
+import enum
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from rho.errors import ConfigError, RhoError, Stopped
+from rho.errors import ConfigError, DataError, RhoError, Stopped
 from rho.progress import say
 
 
@@ -67,6 +69,13 @@ ModelPath = Annotated[
 TextField = Annotated[str, typer.Option(help="Field or column that holds the text.")]
 SkipBadRecords = Annotated[bool, typer.Option(help="Count and list unreadable records, don't stop.")]
 Seed = Annotated[int, typer.Option(help="Seed of new weights, data order and random selection.")]
+
+
+class Engines(enum.Enum):
+    """What `rho.engines.Engine` names; that module is imported too slowly for --help."""
+
+    local = "local"
+    ray = "ray"
 
 
 @app.command(cls=_Command)
@@ -153,6 +162,10 @@ def score(
     dtype: Annotated[str, typer.Option(help="Of the stored columns: float16 or float32.")] = "float16",
     precision: Annotated[str, typer.Option(help="Of the forward: float32 or bfloat16.")] = "float32",
     batch_size: Annotated[int, typer.Option(help="Blocks a forward.")] = 8,
+    workers: Annotated[int, typer.Option(help="Processes: one for each accelerator, or sharing the CPU.")] = 1,
+    engine: Annotated[Engines, typer.Option(help="Who runs the workers.")] = Engines.local,
+    task_index: Annotated[int, typer.Option(help="Of an array job whose tasks share --out: this one's number.")] = 0,
+    num_tasks: Annotated[int, typer.Option(help="Of an array job: how many tasks.")] = 1,
 ) -> None:
     """Store the reference's loss and entropy of every token of a corpus."""
     from rho.config import validated
@@ -163,7 +176,8 @@ def score(
     settings = {"dtype": dtype, "precision": precision, "batch_size": batch_size}
     config = validated(ScoreConfig, settings, "rho score")
     held_out = Corpus(target, "validation") if target else None
-    score_corpus(config, Corpus(corpus), ModelConfig(path=reference), out, held_out)
+    task = (task_index, num_tasks)
+    score_corpus(config, Corpus(corpus), ModelConfig(path=reference), out, held_out, engine.value, workers, task)
     print(out)
 
 
@@ -242,6 +256,69 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Run directory.")]) -
     from rho.report import write_report
 
     print(write_report(run_folder))
+
+
+@app.command(cls=_Command)
+def verify(
+    folders: Annotated[list[Path], typer.Argument(help="Run directories, or folders of single stages.")],
+) -> None:
+    """Read every byte that was written and compare it with the hashes recorded of it."""
+    from rho.verify import verify as check
+
+    damaged = 0
+    for folder in folders:
+        for stage, wrong in check(folder):
+            print(f"{stage}: {'; '.join(wrong) if wrong else 'good'}")
+            damaged += bool(wrong)
+    if damaged:
+        raise DataError(
+            f"{damaged} folder(s) are not as they were written. Restore the files named, or make them anew."
+        )
+
+
+scores_app = typer.Typer(no_args_is_help=True, help="Look into score stores.")
+app.add_typer(scores_app, name="scores")
+Store = Annotated[Path, typer.Argument(help="Folder that `rho score` wrote.")]
+
+
+@scores_app.command("ls", cls=_Command)
+def scores_ls(folder: Annotated[Path, typer.Argument(help="Where to look, this folder and below.")]) -> None:
+    """The stores in a folder, a JSON line each."""
+    from rho.store import ScoreStore
+    from rho.tokens import stores_in, summary
+
+    for store in stores_in(folder):
+        print(json.dumps(summary(ScoreStore(store))))
+
+
+@scores_app.command("show", cls=_Command)
+def scores_show(
+    store: Store, corpus: CorpusFolder, block: Annotated[int, typer.Option(help="Its number, from 0.")] = 0
+) -> None:
+    """One block, a line a token: position, loss, entropy, text."""
+    from rho.corpus import Corpus
+    from rho.store import ScoreStore
+    from rho.tokens import token_rows
+
+    scores, text = ScoreStore(store), Corpus(corpus)
+    scores.check_corpus(text)
+    if not 0 <= block < len(scores):
+        raise ConfigError(f"--block: expected 0 to {len(scores) - 1}, found {block}.")
+    rows = token_rows(scores, text, block)
+    for row in zip(rows["position"], rows["ref_loss"], rows["ref_entropy"], rows["text"], strict=True):
+        print("{:5d} {:9.4f} {:9.4f}  {!r}".format(*row))  # repr: no escape sequence of a text reaches the terminal
+
+
+@scores_app.command("export", cls=_Command)
+def scores_export(
+    store: Store, corpus: CorpusFolder, out: Annotated[Path, typer.Option(help="The Parquet file to write.")]
+) -> None:
+    """Parquet with one row a token."""
+    from rho.corpus import Corpus
+    from rho.store import ScoreStore
+    from rho.tokens import export
+
+    print(f"{export(ScoreStore(store), Corpus(corpus), out):,} rows in {out}")
 
 
 def _named(option: str, values: list[str], only: str | None = None) -> dict[str, str]:

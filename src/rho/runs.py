@@ -28,6 +28,7 @@ from rho.progress import say
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+ENTRY_SECONDS = 60.0  # that one process of a shared stage may take over the manifest
 FORMAT = 1
 MADE_FROM = ("stage", "config", "inputs")
 
@@ -115,7 +116,7 @@ class Manifest:
 def read_manifest(folder: str | os.PathLike[str], stage: str | None = None) -> Manifest:
     """The manifest of a complete stage folder; a `DataError` if missing, damaged, unfinished or of another stage."""
     folder = Path(folder)
-    manifest = _load(folder)
+    manifest = load_manifest(folder)
     if manifest is None:
         raise DataError(f"{folder}: no {MANIFEST} here, so this is not a folder written by rho. Check the path.")
     if stage is not None and manifest.stage != stage:
@@ -125,7 +126,8 @@ def read_manifest(folder: str | os.PathLike[str], stage: str | None = None) -> M
     return manifest
 
 
-def _load(folder: Path) -> Manifest | None:
+def load_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a stage folder, finished or not; None if there is none, a `DataError` if it is damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -158,6 +160,8 @@ def first_difference(expected: Mapping[str, Any], found: Mapping[str, Any], pref
 class Stage:
     """An output folder being made: use `open_stage`."""
 
+    lock: FileLock
+
     def __init__(self, folder: Path, manifest: Manifest, fresh: bool) -> None:
         self.folder, self.manifest, self.fresh = folder, manifest, fresh
         self._started = time.monotonic()
@@ -172,6 +176,17 @@ class Stage:
         for path in sorted((self.folder / name).rglob("*")):
             if path.is_file():
                 self.add_output(path.relative_to(self.folder).as_posix())
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Of a shared stage: nobody else is in here. False where somebody else has finished the stage meanwhile."""
+        with self.lock.acquire(timeout=ENTRY_SECONDS):
+            found = load_manifest(self.folder)
+            finished = found is not None and found.status == "complete"
+            if finished:
+                assert found is not None
+                self.manifest = found
+            yield not finished
 
     def checkpoint(self) -> None:
         """Commit what is recorded so far, so that an interrupted stage can continue from it."""
@@ -193,6 +208,7 @@ def open_stage(
     config: Mapping[str, Any],
     inputs: Mapping[str, str],
     follow: bool = False,
+    shared: bool = False,
 ) -> Iterator[Stage]:
     """Open `folder` to run `stage` in it: new, to be continued, or `fresh` (complete and made from just this).
 
@@ -202,6 +218,7 @@ def open_stage(
         config: every setting that changes the result, as JSON values.
         inputs: name -> content hash of everything read.
         follow: another process leads this stage: neither lock nor write.
+        shared: other processes may work in the folder at the same time; `Stage.alone` is for what only one may do.
 
     Raises:
         MismatchError: the folder was made from another config or other inputs; the first differing key is named.
@@ -210,13 +227,13 @@ def open_stage(
     folder = Path(folder)
     asked = Manifest(stage, json.loads(json.dumps(config)), dict(inputs))
     if follow:
-        found = _load(folder)
+        found = load_manifest(folder)
         yield Stage(folder, asked, fresh=found is not None and _is_fresh(folder, found))
         return
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=ENTRY_SECONDS if shared else 0)
     except Timeout:
         raise RhoError(
             f"{folder}: another rho process is writing here. Wait for it or choose another folder."
@@ -224,7 +241,11 @@ def open_stage(
     except OSError as error:
         raise RhoError(f"{folder}: the output folder can't be made ({error.strerror}).") from error
     try:
-        yield _enter(folder, asked)
+        entered = _enter(folder, asked)
+        entered.lock = lock
+        if shared:
+            lock.release()
+        yield entered
     except Exception as error:
         if _is_disk_full(folder, error):  # reported by a library that writes files of its own
             raise RhoError(
@@ -237,7 +258,7 @@ def open_stage(
 
 
 def _enter(folder: Path, asked: Manifest) -> Stage:
-    found = _load(folder)
+    found = load_manifest(folder)
     if found is None or _nothing_made(folder, found):
         _check_empty(folder)
         asked.write(folder)
@@ -273,7 +294,7 @@ def _is_disk_full(folder: Path, error: Exception) -> bool:
 
 def is_made_from(folder: Path, asked: Manifest) -> bool:
     """Whether a folder's manifest has the stage, config and inputs asked for."""
-    found = _load(folder)
+    found = load_manifest(folder)
     return found is not None and all(getattr(found, what) == getattr(asked, what) for what in MADE_FROM)
 
 

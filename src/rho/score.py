@@ -9,20 +9,26 @@ a window is scored exactly once.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rho.corpus import Corpus
+from rho.engines import POLL_SECONDS, Engine, run_workers
 from rho.errors import ConfigError, DataError, MismatchError
 from rho.linear_loss import linear_token_loss
 from rho.models import (
@@ -40,7 +46,7 @@ from rho.models import (
 )
 from rho.objective import IGNORE_INDEX, predictors, token_labels
 from rho.progress import Advance, say, track
-from rho.runs import Manifest, Stage, open_stage
+from rho.runs import Manifest, Stage, hash_file, open_stage, write_json
 from rho.store import write_shard
 from rho.tokenizer import Tokenizer
 
@@ -67,6 +73,9 @@ def score_corpus(
     reference: ModelConfig,
     out: str | os.PathLike[str],
     target: Corpus | None = None,
+    engine: Engine = "local",
+    workers: int = 1,
+    task: tuple[int, int] = (0, 1),
 ) -> Manifest:
     """Write `ref_loss` and `ref_entropy` of every token of `corpus` into the stage folder `out`.
 
@@ -74,9 +83,19 @@ def score_corpus(
     `target` (held-out text of the wanted domain) the reference's loss on it is recorded, and training can refuse a
     reference that is no better than the model.
 
+    Args:
+        config: what is stored, and how it is computed.
+        corpus: what is scored.
+        reference: what scores it.
+        out: the store.
+        target: see above.
+        engine, workers: see `rho.engines`; one local worker is this process itself.
+        task: (index, number): do every number-th shard, from that index on, as one of several jobs that share the
+            folder. The last of them to end finishes the store.
+
     Raises:
         MismatchError: the reference has another tokenizer or too small a vocabulary; both sides are named.
-        DataError: the reference gives no finite loss.
+        DataError: the reference gives a token no finite score; its document and shard are named.
     """
     inputs = {
         "corpus": corpus.fingerprint,
@@ -84,24 +103,132 @@ def score_corpus(
         "reference": source_hash(reference),
         **({"target": target.fingerprint} if target else {}),
     }
-    with open_stage(out, "score", config.model_dump(), inputs) as stage:
+    index, number = task
+    if not 0 <= index < number or workers < 1:
+        raise ConfigError(f"task {index} of {number}, {workers} workers: expected 0 <= index < number, and a worker.")
+    with open_stage(out, "score", config.model_dump(), inputs, shared=True) as stage:
         if stage.fresh:
             return stage.manifest
-        model = load_reference(reference, corpus, config.precision)
-        if target is not None and "target_loss" not in stage.manifest.facts:
-            stage.manifest.facts["target_loss"] = mean_loss(model, target, config.batch_size).nats_per_token
-            stage.checkpoint()
-        done = [s for s in corpus.shards if s["file"] in stage.manifest.outputs]
-        tokens_done = sum(s["rows"] for s in done) * corpus.block_length
+        shards = corpus.shards[index::number]
+        held_out = target.folder if target is not None and index == 0 else None
+        job = _Job(config, corpus.folder, reference, stage.folder, shards, held_out)
+        done = [shard for shard in shards if _receipt(stage.folder, shard["file"])]
         if done:
-            say(f"score: going on after {len(done)} of {len(corpus.shards)} shards")
-        total = len(corpus) * corpus.block_length
-        with track(f"score {corpus.folder.name}", total, tokens_done) as advance:
-            for shard in corpus.shards:
-                if shard not in done:
-                    _score_shard(config, corpus, shard, model, stage, advance)
+            say(f"score: going on after {len(done)} of {len(shards)} shards")
+        tokens, tokens_done = (sum(s["rows"] for s in some) * corpus.block_length for some in (shards, done))
+        with track(f"score {corpus.folder.name}", tokens, tokens_done) as advance:
+            if workers == 1 and engine == "local":
+                job.run(0, advance)
+            else:
+                job.watch(engine, workers, advance, corpus.block_length)
+        return _finish(stage, corpus, target is not None, model_name(reference))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Shards to score, for any number of workers; it is sent to other processes."""
+
+    config: ScoreConfig
+    corpus: Path
+    reference: ModelConfig
+    out: Path
+    shards: list[dict[str, Any]]
+    target: Path | None
+
+    def __call__(self, worker: int) -> None:
+        self.run(worker, lambda tokens: None)
+
+    def run(self, worker: int, advance: Advance) -> None:
+        """Score what nobody has scored yet, until all is: what another holds is waited for, he may be lost.
+
+        Workers begin in different places, so they seldom meet.
+        """
+        corpus = Corpus(self.corpus)
+        model = cache(lambda: load_reference(self.reference, corpus, self.config.precision))
+        if self.target is not None:
+            with _claim(self.out, TARGET) as mine:
+                if mine:
+                    loss = mean_loss(model(), Corpus(self.target, "validation"), self.config.batch_size)
+                    write_json(_receipt_path(self.out, TARGET), {"loss": loss.nats_per_token})
+        shards = [*self.shards[worker:], *self.shards[:worker]]
+        while left := [shard for shard in shards if _receipt(self.out, shard["file"]) is None]:
+            held = True
+            for shard in left:
+                with _claim(self.out, shard["file"]) as mine:
+                    if mine:
+                        _score_shard(self.config, corpus, shard, model(), self.out, advance)
+                        held = False
+            if held:
+                time.sleep(POLL_SECONDS)
+
+    def watch(self, engine: Engine, workers: int, advance: Advance, block_length: int) -> None:
+        """Let workers do it."""
+        left = {s["file"]: s["rows"] for s in self.shards if not _receipt(self.out, s["file"])}
+
+        def poll() -> None:
+            for file in [file for file in left if _receipt_path(self.out, file).is_file()]:
+                advance(left.pop(file) * block_length)
+
+        run_workers(engine, self, min(workers, max(len(left), 1)), poll)
+        poll()
+
+
+TARGET = "target"
+
+
+@contextmanager
+def _claim(folder: Path, name: str) -> Iterator[bool]:
+    """Whether this piece of work is ours: not finished, and nobody else is at it. A dead holder's lock is free."""
+    lock = FileLock(folder / f".{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    with lock:
+        yield _receipt(folder, name) is None
+
+
+def _receipt_path(folder: Path, name: str) -> Path:
+    return folder / f".{name}.json"
+
+
+def _receipt(folder: Path, name: str) -> dict[str, Any] | None:
+    """What was noted when a piece of work was finished: of a shard its hash and size."""
+    path = _receipt_path(folder, name)
+    if not path.is_file():
+        return None
+    receipt = json.loads(path.read_bytes())
+    shard = folder / name
+    there = name == TARGET or (shard.is_file() and shard.stat().st_size == receipt["bytes"])
+    return receipt if there else None
+
+
+def _finish(stage: Stage, corpus: Corpus, has_target: bool, reference: str) -> Manifest:
+    """Complete the store if every piece of work is done; the last of several jobs to come here finds that it is."""
+    with stage.alone() as unfinished:
+        if not unfinished:
+            return stage.manifest
+        names = [*(s["file"] for s in corpus.shards), *([TARGET] if has_target else [])]
+        receipts = {name: _receipt(stage.folder, name) for name in names}
+        if missing := [name for name, receipt in receipts.items() if receipt is None]:
+            say(f"score: {len(missing)} of {len(names)} shards are left to the other jobs")
+            return stage.manifest
+        for shard in corpus.shards:
+            stage.add_output(shard["file"])
+            if stage.manifest.outputs[shard["file"]] != receipts[shard["file"]]:
+                _receipt_path(stage.folder, shard["file"]).unlink()
+                raise DataError(
+                    f"{stage.folder / shard['file']}: changed since it was written. Run the same command again: it "
+                    "scores this shard anew."
+                )
+        facts = {"target_loss": receipts[TARGET]["loss"]} if has_target else {}  # type: ignore[index]
         shards = [{**s, "sha256": stage.manifest.outputs[s["file"]]["sha256"]} for s in corpus.shards]
-        return stage.finish(shards=shards, reference=model_name(reference))
+        manifest = stage.finish(shards=shards, block_length=corpus.block_length, reference=reference, **facts)
+        for name in names:
+            _receipt_path(stage.folder, name).unlink()
+            (stage.folder / f".{name}.lock").unlink(missing_ok=True)
+        return manifest
 
 
 def load_reference(reference: ModelConfig, corpus: Corpus, precision: Precision = "float32") -> PreTrainedModel:
@@ -200,7 +327,7 @@ def _batches(corpus: Corpus, shard: dict, batch_size: int) -> Iterator[dict[str,
 
 
 def _score_shard(
-    config: ScoreConfig, corpus: Corpus, shard: dict, model: PreTrainedModel, stage: Stage, advance: Advance
+    config: ScoreConfig, corpus: Corpus, shard: dict, model: PreTrainedModel, out: Path, advance: Advance
 ) -> None:
     columns: dict[str, list[np.ndarray]] = {"ref_loss": [], "ref_entropy": []}
     for number, batch in enumerate(_batches(corpus, shard, config.batch_size)):
@@ -216,6 +343,6 @@ def _score_shard(
                 )
             values.append(stored)
         advance(batch["input_ids"].numel())
-    write_shard(stage.folder / shard["file"], {name: np.concatenate(values) for name, values in columns.items()})
-    stage.add_output(shard["file"])
-    stage.checkpoint()
+    path = out / shard["file"]
+    write_shard(path, {name: np.concatenate(values) for name, values in columns.items()})
+    write_json(_receipt_path(out, shard["file"]), {"sha256": hash_file(path), "bytes": path.stat().st_size})

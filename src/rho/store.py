@@ -77,13 +77,16 @@ class Shards:
     def row(self, row: int, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
         """The named columns of one row, as arrays."""
         shard, local = self.locate(row)
-        group = _row_group(str(self.folder / shard["file"]), local // ROW_GROUP, columns, shard["sha256"])
-        return {name: column[local % ROW_GROUP] for name, column in group.items()}
+        path = str(self.folder / shard["file"])
+        starts = _group_starts(path, shard["sha256"])
+        group = int(np.searchsorted(starts, local, side="right")) - 1
+        found = _row_group(path, group, columns, shard["sha256"])
+        return {name: column[local - int(starts[group])] for name, column in found.items()}
 
     def read_shard(self, shard: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, list[np.ndarray]]:
         """The named columns of a whole shard."""
         path = str(self.folder / shard["file"])
-        groups = (shard["rows"] + ROW_GROUP - 1) // ROW_GROUP
+        groups = len(_group_starts(path, shard["sha256"])) - 1
         parts = [_row_group(path, g, columns, shard["sha256"]) for g in range(groups)]
         return {name: [row for part in parts for row in part[name]] for name in columns}
 
@@ -108,6 +111,13 @@ def _verify(path: str, sha256: str) -> None:
             f"{path}: damaged shard (its SHA-256 is not the one in {MANIFEST}). "
             "Restore it, or remove it and run its stage again."
         )
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _group_starts(path: str, sha256: str) -> np.ndarray:
+    """The first row of each row group, and the number of rows: others may write groups of any size."""
+    metadata = _open(path, sha256, os.getpid()).metadata
+    return np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))])
 
 
 @lru_cache(maxsize=256)
