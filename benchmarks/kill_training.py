@@ -82,7 +82,7 @@ def finish(pid: int, log: Path) -> None:
         raise RuntimeError(f"exit status {status}:\n{log.read_text()[-4000:]}")
 
 
-def make_assets(folder: Path) -> None:
+def make_assets(folder: Path, shard_blocks: int = 4096) -> None:
     """A corpus of 22 blocks of 16 tokens, and an untrained model's scores of it."""
     draw = random.Random(0)
     words = ["the", "shift", "by", "one", "is", "done", "in", "function", "def", "add", "return", "selected"]
@@ -90,7 +90,8 @@ def make_assets(folder: Path) -> None:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in text))
     train_tokenizer([str(folder / "text.jsonl")], 300, folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer" / "tokenizer")
-    config = CorpusConfig(sources=[str(folder / "text.jsonl")], block_length=16, max_tokens=22 * 16)
+    sources = [str(folder / "text.jsonl")]
+    config = CorpusConfig(sources=sources, block_length=16, max_tokens=22 * 16, shard_blocks=shard_blocks)
     build_corpus(config, tokenizer, folder / "corpus")
     reference = make_model(ModelConfig(architecture=ARCHITECTURE), Corpus(folder / "corpus").vocab_size, seed=1)
     reference.save_pretrained(folder / "reference")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -131,3 +134,13 @@ def test_ray_makes_the_same_bytes_even_if_a_worker_is_killed(
     score(corpus, reference, tmp_path / "store", workers=2, engine="ray")
     assert content(tmp_path / "store") == content(alone)
     assert "was lost" in capsys.readouterr().err
+
+
+def test_a_store_whose_workers_were_killed_at_20_random_moments_has_the_same_bytes(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "kill_scoring.py"
+    command = [sys.executable, str(script), "--kills", "20", "--seed", "3", "--out", str(tmp_path / "result.json")]
+    env = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["kills"] >= 20 and result["identical"]

@@ -46,7 +46,7 @@ from rho.models import (
 )
 from rho.objective import IGNORE_INDEX, predictors, token_labels
 from rho.progress import Advance, say, track
-from rho.runs import Manifest, Stage, hash_file, open_stage, write_json
+from rho.runs import Manifest, Stage, hash_file, load_manifest, open_stage, write_json
 from rho.store import write_shard
 from rho.tokenizer import Tokenizer
 
@@ -151,7 +151,7 @@ class _Job:
                     loss = mean_loss(model(), Corpus(self.target, "validation"), self.config.batch_size)
                     write_json(_receipt_path(self.out, TARGET), {"loss": loss.nats_per_token})
         shards = [*self.shards[worker:], *self.shards[:worker]]
-        while left := [shard for shard in shards if _receipt(self.out, shard["file"]) is None]:
+        while left := [shard for shard in shards if not _is_done(self.out, shard["file"])]:
             held = True
             for shard in left:
                 with _claim(self.out, shard["file"]) as mine:
@@ -186,7 +186,15 @@ def _claim(folder: Path, name: str) -> Iterator[bool]:
         yield False
         return
     with lock:
-        yield _receipt(folder, name) is None
+        yield not _is_done(folder, name)
+
+
+def _is_done(folder: Path, name: str) -> bool:
+    """Whether a piece of work is finished: it has a receipt, or the store, which takes the receipts over, is."""
+    if _receipt(folder, name) is not None:
+        return True
+    manifest = load_manifest(folder)
+    return manifest is not None and manifest.status == "complete"
 
 
 def _receipt_path(folder: Path, name: str) -> Path:
