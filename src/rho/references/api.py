@@ -21,14 +21,14 @@ import time
 from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from rho.errors import ConfigError, DataError, MismatchError, RhoError
+from rho.references.answers import read_models, read_sglang, read_vllm, token_losses
 
 if TYPE_CHECKING:
     import httpx
@@ -121,7 +121,8 @@ class ApiReference:
                 "or start the server with a larger window."
             )
         loss_BT = torch.full(input_ids_BT.shape, torch.nan, dtype=torch.float32)
-        for (row, start, stop), losses in zip(spans, asyncio.run(self._score_all(texts, DataError)), strict=True):
+        scored = asyncio.run(self._score_all(texts, DataError))
+        for (row, start, stop), losses in zip(spans, scored, strict=True):
             loss_BT[row, start:stop] = torch.tensor(losses, dtype=torch.float32)
         return loss_BT
 
@@ -160,8 +161,7 @@ class ApiReference:
     async def _ask_models(self) -> int | None:
         """The window of the model, after making sure that it is served."""
         async with self._client() as client:
-            cards = await self._request(client, "/v1/models", None, _read_models, "a list of models", MismatchError)
-        windows = {card.id: card.max_model_len for card in cards}
+            windows = await self._request(client, "/v1/models", None, read_models, "a list of models", MismatchError)
         if self.config.model not in windows:
             served = _clean(", ".join(windows)) or "none"
             raise MismatchError(
@@ -194,14 +194,14 @@ class ApiReference:
         expected = f"scores of {len(ids)} tokens by {self.config.model}"
         if self.config.kind == "vllm":
             asked = {"model": self.config.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-            path, entries = "/v1/completions", _read_vllm
+            path, entries = "/v1/completions", read_vllm
         else:
             sampling = {"max_new_tokens": 0, "temperature": 0}
             asked = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
-            path, entries = "/generate", _read_sglang
+            path, entries = "/generate", read_sglang
 
         def read(content: bytes) -> list[float]:
-            return _losses(entries(content, self.config.model), ids)
+            return token_losses(entries(content, self.config.model), ids)
 
         return await self._request(client, path, asked, read, expected, refusal)
 
@@ -237,8 +237,6 @@ class ApiReference:
         self, client: httpx.AsyncClient, path: str, asked: dict[str, Any] | None, read: Callable[[bytes], T]
     ) -> T | _Fault:
         """One attempt. Faults are values: an exception of httpx holds the request, and so the key."""
-        import httpx
-
         await self._pace()
         method = "GET" if asked is None else "POST"
         try:
@@ -246,7 +244,7 @@ class ApiReference:
                 response = await client.request(method, self.url + path, json=asked)
         except TimeoutError:
             return _Fault(f"no answer within {self.config.timeout_seconds:g} s", error=DataError)
-        except httpx.HTTPError as error:
+        except Exception as error:  # any: whatever comes from inside httpx has seen the key
             return _Fault(_clean(f"{type(error).__name__} {error}"), error=DataError)
         if response.status_code != 200:
             return _refused(response)
@@ -266,7 +264,9 @@ class ApiReference:
         import httpx
 
         limits = httpx.Limits(max_connections=self.config.concurrency)
-        return httpx.AsyncClient(headers=_headers(), limits=limits, timeout=None, verify=_certificates())
+        client = httpx.AsyncClient(limits=limits, timeout=None, verify=_certificates())
+        client.headers.update(_headers())  # only now: making a client can fail
+        return client
 
 
 class _Fault(NamedTuple):
@@ -305,98 +305,6 @@ def _retry_after(header: str) -> float:
         return 0.0
 
 
-# Answers
-
-# vLLM writes -9999.0 where the log-probability is minus infinity.
-_LogProb = Annotated[float, Field(gt=-9999.0, le=1e-6, allow_inf_nan=False)]
-_Entry = tuple[int | None, float | None]  # token id and log-probability; None where the server says nothing
-
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _Card(_Answer):
-    id: str
-    max_model_len: int | None = None
-
-
-class _Models(_Answer):
-    data: list[_Card]
-
-
-class _VllmScore(_Answer):
-    logprob: _LogProb
-
-
-class _VllmChoice(_Answer):
-    prompt_logprobs: list[dict[int, _VllmScore] | None]
-
-
-class _VllmAnswer(_Answer):
-    model: str
-    choices: list[_VllmChoice] = Field(min_length=1, max_length=1)
-
-
-class _SglangMeta(_Answer):
-    input_token_logprobs: list[tuple[_LogProb | None, int, Any]]
-
-
-class _SglangAnswer(_Answer):
-    meta_info: _SglangMeta
-
-
-A = TypeVar("A", bound=_Answer)
-
-
-def _parse(shape: type[A], content: bytes) -> A:
-    try:
-        return shape.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
-
-
-def _read_models(content: bytes) -> list[_Card]:
-    return _parse(_Models, content).data
-
-
-def _read_vllm(content: bytes, model: str) -> list[_Entry]:
-    answer = _parse(_VllmAnswer, content)
-    if answer.model != model:
-        raise ValueError(f"an answer of the model {answer.model}")
-    entries: list[_Entry] = []
-    for token, scores in enumerate(answer.choices[0].prompt_logprobs):
-        if scores is not None and len(scores) != 1:
-            raise ValueError(f"{len(scores)} scores of token {token} where one was asked for")
-        entries.append((None, None) if scores is None else next((id, s.logprob) for id, s in scores.items()))
-    return entries
-
-
-def _read_sglang(content: bytes, model: str) -> list[_Entry]:
-    """SGLang's answers do not name the model: the probe has to do."""
-    return [(token, logprob) for logprob, token, _ in _parse(_SglangAnswer, content).meta_info.input_token_logprobs]
-
-
-def _losses(entries: Sequence[_Entry], ids: Sequence[int]) -> list[float]:
-    """The loss of each token of `ids`, NaN first.
-
-    Raises:
-        ValueError: the scores are not those of these tokens, one each.
-    """
-    if len(entries) != len(ids):
-        raise ValueError(f"scores of {len(entries)} tokens")
-    losses = []
-    for index, ((scored, logprob), sent) in enumerate(zip(entries, ids, strict=True)):
-        if scored not in (sent, None):
-            raise ValueError(f"the score of id {scored} at token {index}, where id {sent} was sent")
-        if (logprob is None) != (index == 0):
-            raise ValueError(f"{'no' if logprob is None else 'a'} score at token {index} of {len(ids)}")
-        losses.append(float("nan") if logprob is None else max(0.0, -logprob))
-    return losses
-
-
 def _spans(position_ids_BT: Tensor) -> list[tuple[int, int, int]]:
     """Row, start and stop of each text: it starts at position 0, and a single token has nothing to score."""
     spans = []
@@ -421,12 +329,14 @@ def _check_installed() -> None:
 
 def _check_url(url: str) -> None:
     """Refuse what would fail late, or would put a secret into messages and files."""
+    import httpx
+
     try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        parts = httpx.URL(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.host)
+    except httpx.InvalidURL:
         usable = False
-    if not usable or "@" in parts.netloc or parts.query or parts.fragment:
+    if not usable or parts.userinfo or parts.query or parts.fragment:
         raise ConfigError(
             "The API's url: expected http://host:port or https://host, without user, password or query, found another "
             f"form. A key belongs into the environment variable {KEY_VARIABLE}."
