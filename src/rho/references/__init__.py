@@ -1,0 +1,1 @@
+"""Where reference losses come from when the reference is not a model in this process."""
