@@ -1,0 +1,1 @@
+"""References other than a model with the corpus's own tokenizer."""
