@@ -260,16 +260,15 @@ def spelled(tokenizer: Tokenizer, ids_T: Sequence[int] | np.ndarray) -> list[byt
     # Decoders treat the first and the last token of a text in their own ways, so each stands between two others.
     joint = decoder.decode(["a", "a"])[1:-1] if decoder is not None else ""
     byte_level = _is_byte_level(tokenizer)
-    added = backend.get_added_tokens_decoder()
+    added = backend.get_added_tokens_decoder().keys()  # written as they are
 
     def spell(token_id: int) -> bytes:
         token = backend.id_to_token(token_id)
         if token is None:  # a vocabulary with holes
             return b""
-        if token_id in added:
-            return str(added[token_id].content).encode()
-        if byte_level and BYTE_OF.keys() >= set(token):
-            return bytes(BYTE_OF[character] for character in token)
+        if byte_level:
+            in_bytes = token_id not in added and BYTE_OF.keys() >= set(token)
+            return bytes(BYTE_OF[character] for character in token) if in_bytes else str(token).encode()
         if byte := BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(byte[1])
         if decoder is None:  # the library then puts a space between all tokens
