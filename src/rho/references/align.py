@@ -197,11 +197,11 @@ def recover_text(tokenizer: Tokenizer, ids_T: np.ndarray, num_bytes_T: np.ndarra
         text    "ca   t    _s   at   U+FFFD"
         spans    0 2  2 3  3 5  5 7  7 10   10 10
 
-    It is the document's own text if the tokenizer is a byte-level BPE without normaliser. Otherwise it is what the
-    tokenizer keeps of it: WordPiece's lower case and single spaces, "[UNK]" for what it doesn't know. A space in front
-    is dropped where tokenizers put one there themselves. Bytes that are no whole character, because the block's edge
-    cuts it, become U+FFFD, and the tokens with a part of it all get its span. (A reference finds U+FFFD improbable: by
-    excess loss, such a token is not selected.)
+    It is the document's own text if the tokenizer is a byte-level BPE without normaliser (and with the space in front,
+    if it adds one). Otherwise it is what the tokenizer keeps of it: WordPiece's lower case and single spaces, "[UNK]"
+    for what it doesn't know; one space in front is dropped, as most such tokenizers put one there themselves. Bytes
+    that are no whole character, because the block's edge cuts it, become U+FFFD, and the tokens with a part of it all
+    get its span. (A reference finds U+FFFD improbable: by excess loss, such a token is not selected.)
 
     Args:
         tokenizer: the corpus's.
