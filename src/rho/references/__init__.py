@@ -1,1 +1,1 @@
-"""Where reference losses come from when the reference is not a model in this process."""
+"""References that are no model with the corpus's own tokenizer in this process: behind an API, of another tokenizer."""
