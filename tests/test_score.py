@@ -19,6 +19,7 @@ from rho.corpus import Corpus, CorpusConfig, build_corpus
 from rho.errors import DataError, MismatchError
 from rho.models import ModelConfig, make_model, save_model
 from rho.objective import IGNORE_INDEX, token_entropy, token_labels, token_loss
+from rho.references.api import ApiConfig, ApiReference
 from rho.score import ScoreConfig, load_reference, mean_loss, score_batch, score_corpus
 from rho.store import ScoreStore
 from rho.tokenizer import Tokenizer
@@ -213,3 +214,32 @@ def test_mean_loss_counts_labelled_tokens_and_their_bytes(corpus: Path, referenc
     assert (found.tokens, found.bytes) == (tokens, size)
     assert found.nats_per_token == pytest.approx(nats / tokens)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / size)
+
+
+def test_scores_of_an_api_are_stored_without_an_entropy_and_a_score_that_needs_one_is_refused(
+    corpus: Path, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = ScoreStore(scores)
+    asked = iter(range(len(known)))
+
+    def served(self: ApiReference, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor) -> torch.Tensor:
+        rows = [known.row(next(asked), ("ref_loss",))["ref_loss"] for _ in input_ids_BT]
+        return torch.from_numpy(np.stack(rows))
+
+    monkeypatch.setattr(ApiReference, "probe", lambda self: None)
+    monkeypatch.setattr(ApiReference, "score", served)
+    api = ApiConfig(url="http://127.0.0.1:1", model="served")
+    manifest = score_corpus(ScoreConfig(dtype="float32"), Corpus(corpus), api, tmp_path / "api")
+    assert manifest.facts["reference"] == "served"
+    store = ScoreStore(tmp_path / "api")
+    for block in range(len(store)):
+        np.testing.assert_array_equal(
+            store.row(block, ("ref_loss",))["ref_loss"], known.row(block, ("ref_loss",))["ref_loss"]
+        )
+    with pytest.raises(DataError, match="has no column ref_entropy, only ref_loss"):
+        store.row(0, ("ref_loss", "ref_entropy"))
+    moved = api.model_copy(update={"url": "http://127.0.0.1:2"})
+    assert score_corpus(ScoreConfig(dtype="float32"), Corpus(corpus), moved, tmp_path / "api").status == "complete"
+    other = api.model_copy(update={"model": "another"})
+    with pytest.raises(MismatchError, match="inputs.reference"):
+        score_corpus(ScoreConfig(dtype="float32"), Corpus(corpus), other, tmp_path / "api")

@@ -156,9 +156,16 @@ def reference(corpus: CorpusFolder, model: ModelPath, out: Out, seed: Seed = 0, 
 @app.command(cls=_Command)
 def score(
     corpus: CorpusFolder,
-    reference: Annotated[str, typer.Option(help="The reference: folder or Hugging Face name.")],
+    reference: Annotated[
+        str, typer.Option(help="The reference: folder or Hugging Face name; with --api the name it is served under.")
+    ],
     out: Out,
     target: Target = None,
+    api: Annotated[str | None, typer.Option(help="URL of a server that has the reference (key: RHO_API_KEY).")] = None,
+    api_setting: Annotated[
+        list[str] | None,
+        typer.Option(help="name=value: another setting of rho.references.api.ApiConfig, such as kind=sglang."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the stored columns: float16 or float32.")] = "float16",
     precision: Annotated[str, typer.Option(help="Of the forward: float32 or bfloat16.")] = "float32",
     batch_size: Annotated[int, typer.Option(help="Blocks a forward.")] = 8,
@@ -168,16 +175,21 @@ def score(
     num_tasks: Annotated[int, typer.Option(help="Of an array job: how many tasks.")] = 1,
 ) -> None:
     """Store the reference's loss and entropy of every token of a corpus."""
-    from rho.config import validated
+    from rho.config import assignments, validated
     from rho.corpus import Corpus
     from rho.models import ModelConfig
+    from rho.references.api import ApiConfig
     from rho.score import ScoreConfig, score_corpus
 
     settings = {"dtype": dtype, "precision": precision, "batch_size": batch_size}
     config = validated(ScoreConfig, settings, "rho score")
     held_out = Corpus(target, "validation") if target else None
     task = (task_index, num_tasks)
-    score_corpus(config, Corpus(corpus), ModelConfig(path=reference), out, held_out, engine.value, workers, task)
+    model: ModelConfig | ApiConfig = ModelConfig(path=reference)
+    if api is not None:
+        served = {"url": api, "model": reference, **assignments(api_setting or [], "--api-setting")}
+        model = validated(ApiConfig, served, "rho score --api")
+    score_corpus(config, Corpus(corpus), model, out, held_out, engine.value, workers, task)
     print(out)
 
 

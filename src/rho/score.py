@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -46,7 +46,8 @@ from rho.models import (
 )
 from rho.objective import IGNORE_INDEX, predictors, token_labels
 from rho.progress import Advance, say, track
-from rho.runs import Manifest, Stage, hash_file, load_manifest, open_stage, write_json
+from rho.references.api import ApiConfig, ApiReference
+from rho.runs import Manifest, Stage, hash_file, hash_json, load_manifest, open_stage, write_json
 from rho.store import write_shard
 from rho.tokenizer import Tokenizer
 
@@ -70,14 +71,14 @@ class ScoreConfig(BaseModel):
 def score_corpus(
     config: ScoreConfig,
     corpus: Corpus,
-    reference: ModelConfig,
+    reference: ModelConfig | ApiConfig,
     out: str | os.PathLike[str],
     target: Corpus | None = None,
     engine: Engine = "local",
     workers: int = 1,
     task: tuple[int, int] = (0, 1),
 ) -> Manifest:
-    """Write `ref_loss` and `ref_entropy` of every token of `corpus` into the stage folder `out`.
+    """Write `ref_loss` and (an API has none) `ref_entropy` of every token of `corpus` into the stage folder `out`.
 
     One output shard for each corpus shard, committed one by one: an interrupted run goes on after the last. With
     `target` (held-out text of the wanted domain) the reference's loss on it is recorded, and training can refuse a
@@ -86,7 +87,7 @@ def score_corpus(
     Args:
         config: what is stored, and how it is computed.
         corpus: what is scored.
-        reference: what scores it.
+        reference: what scores it: a model, or a server that has one.
         out: the store.
         target: see above.
         engine, workers: see `rho.engines`; one local worker is this process itself.
@@ -100,7 +101,7 @@ def score_corpus(
     inputs = {
         "corpus": corpus.fingerprint,
         "tokenizer": corpus.manifest.inputs["tokenizer"],
-        "reference": source_hash(reference),
+        "reference": _identity(reference),
         **({"target": target.fingerprint} if target else {}),
     }
     index, number = task
@@ -121,7 +122,8 @@ def score_corpus(
                 job.run(0, advance)
             else:
                 job.watch(engine, workers, advance, corpus.block_length)
-        return _finish(stage, corpus, target is not None, model_name(reference))
+        name = reference.model if isinstance(reference, ApiConfig) else model_name(reference)
+        return _finish(stage, corpus, target is not None, name)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class _Job:
 
     config: ScoreConfig
     corpus: Path
-    reference: ModelConfig
+    reference: ModelConfig | ApiConfig
     out: Path
     shards: list[dict[str, Any]]
     target: Path | None
@@ -144,11 +146,11 @@ class _Job:
         Workers begin in different places, so they seldom meet.
         """
         corpus = Corpus(self.corpus)
-        model = cache(lambda: load_reference(self.reference, corpus, self.config.precision))
+        scorer = cache(lambda: load_scorer(self.reference, corpus, self.config.precision))
         if self.target is not None:
             with _claim(self.out, TARGET) as mine:
                 if mine:
-                    loss = mean_loss(model(), Corpus(self.target, "validation"), self.config.batch_size)
+                    loss = _mean(scorer(), Corpus(self.target, "validation"), self.config.batch_size)
                     write_json(_receipt_path(self.out, TARGET), {"loss": loss.nats_per_token})
         shards = [*self.shards[worker:], *self.shards[:worker]]
         while left := [shard for shard in shards if not _is_done(self.out, shard["file"])]:
@@ -156,7 +158,7 @@ class _Job:
             for shard in left:
                 with _claim(self.out, shard["file"]) as mine:
                     if mine:
-                        _score_shard(self.config, corpus, shard, model(), self.out, advance)
+                        _score_shard(self.config, corpus, shard, scorer(), self.out, advance)
                         held = False
             if held:
                 time.sleep(POLL_SECONDS)
@@ -239,6 +241,31 @@ def _finish(stage: Stage, corpus: Corpus, has_target: bool, reference: str) -> M
         return manifest
 
 
+Scorer = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # a batch's columns, on the CPU: ref_loss_BT first
+
+
+def _identity(reference: ModelConfig | ApiConfig) -> str:
+    """Content hash of a model; of a served one its name, which is all that is known of it, wherever the server is."""
+    if isinstance(reference, ApiConfig):
+        return hash_json([reference.kind, reference.model])
+    return source_hash(reference)
+
+
+def load_scorer(reference: ModelConfig | ApiConfig, corpus: Corpus, precision: Precision = "float32") -> Scorer:
+    """What scores the batches of `corpus`, ready and checked."""
+    if isinstance(reference, ApiConfig):
+        api = ApiReference(reference)
+        api.probe()
+        return lambda batch: {"ref_loss": api.score(batch["input_ids"], batch["position_ids"])}
+    model = load_reference(reference, corpus, precision)
+
+    def by_model(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        loss_BT, entropy_BT = score_batch(model, batch, entropy=True)
+        return {"ref_loss": loss_BT.cpu(), "ref_entropy": entropy_BT.cpu()}
+
+    return by_model
+
+
 def load_reference(reference: ModelConfig, corpus: Corpus, precision: Precision = "float32") -> PreTrainedModel:
     """The reference in eval mode, frozen, checked against the corpus's tokenizer and vocabulary."""
     model = make_model(reference, corpus.vocab_size, precision=precision)
@@ -309,15 +336,19 @@ def mean_loss(model: PreTrainedModel, corpus: Corpus, batch_size: int = 8) -> Me
     """The model's loss on all labelled tokens of one split of a corpus."""
     was_training = model.training
     model.eval()
+    found = _mean(lambda batch: {"ref_loss": score_batch(model, batch)[0].cpu()}, corpus, batch_size)
+    model.train(was_training)
+    return found
+
+
+def _mean(scorer: Scorer, corpus: Corpus, batch_size: int) -> MeanLoss:
     nats, tokens, size = 0.0, 0, 0
     for shard in corpus.shards:
         for batch in _batches(corpus, shard, batch_size):
-            loss, _ = score_batch(model, batch)
             labelled = batch["labels"] != IGNORE_INDEX
-            nats += float(loss.cpu().double()[labelled].sum())
+            nats += float(scorer(batch)["ref_loss"].double()[labelled].sum())
             tokens += int(labelled.sum())
             size += int(batch["num_bytes"][labelled].sum())
-    model.train(was_training)
     if tokens == 0:
         raise DataError(f"{corpus.folder}: no token of the {corpus.split} split has a label. Give longer documents.")
     return MeanLoss(nats, tokens, size)
@@ -334,13 +365,11 @@ def _batches(corpus: Corpus, shard: dict, batch_size: int) -> Iterator[dict[str,
         yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _score_shard(
-    config: ScoreConfig, corpus: Corpus, shard: dict, model: PreTrainedModel, out: Path, advance: Advance
-) -> None:
-    columns: dict[str, list[np.ndarray]] = {"ref_loss": [], "ref_entropy": []}
+def _score_shard(config: ScoreConfig, corpus: Corpus, shard: dict, scorer: Scorer, out: Path, advance: Advance) -> None:
+    columns: dict[str, list[np.ndarray]] = {}
     for number, batch in enumerate(_batches(corpus, shard, config.batch_size)):
-        for values, scores_BT in zip(columns.values(), score_batch(model, batch, entropy=True), strict=True):
-            stored = scores_BT.cpu().numpy().astype(config.dtype)
+        for name, scores_BT in scorer(batch).items():
+            stored = scores_BT.numpy().astype(config.dtype)
             bad = (batch["position_ids"].numpy() > 0) & ~np.isfinite(stored)
             if bad.any():
                 row, token = (int(found) for found in np.argwhere(bad)[0])
@@ -349,7 +378,7 @@ def _score_shard(
                     f"{corpus.describe(block)}: the reference gives token {token} no finite score. Check the reference "
                     "(its weights, its precision) and that text."
                 )
-            values.append(stored)
+            columns.setdefault(name, []).append(stored)
         advance(batch["input_ids"].numel())
     path = out / shard["file"]
     write_shard(path, {name: np.concatenate(values) for name, values in columns.items()})

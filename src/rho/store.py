@@ -123,7 +123,13 @@ def _group_starts(path: str, sha256: str) -> np.ndarray:
 @lru_cache(maxsize=256)
 def _row_group(path: str, group: int, columns: tuple[str, ...], sha256: str) -> dict[str, list[np.ndarray]]:
     try:
-        table = _open(path, sha256, os.getpid()).read_row_group(group, columns=list(columns))
+        file = _open(path, sha256, os.getpid())
+        if missing := set(columns) - set(file.schema_arrow.names):
+            raise DataError(
+                f"{path}: has no column {', '.join(sorted(missing))}, only {', '.join(file.schema_arrow.names)}. "
+                "Take a score that needs no other, or score the corpus again with a reference that gives it."
+            )
+        table = file.read_row_group(group, columns=list(columns))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: damaged shard, row group {group} ({error}). Restore it or make it anew.") from error
     return {name: _rows(table[name].combine_chunks()) for name in columns}
