@@ -23,6 +23,7 @@ from rho.references.api import ApiConfig, ApiReference
 from rho.score import ScoreConfig, load_reference, mean_loss, score_batch, score_corpus
 from rho.store import ScoreStore
 from rho.tokenizer import Tokenizer
+from rho.tokens import token_rows
 
 COLUMNS = ("ref_loss", "ref_entropy")
 
@@ -236,10 +237,11 @@ def test_scores_of_an_api_are_stored_without_an_entropy_and_a_score_that_needs_o
         np.testing.assert_array_equal(
             store.row(block, ("ref_loss",))["ref_loss"], known.row(block, ("ref_loss",))["ref_loss"]
         )
+    assert np.isnan(token_rows(store, Corpus(corpus), 0)["ref_entropy"]).all()
     with pytest.raises(DataError, match="has no column ref_entropy, only ref_loss"):
         store.row(0, ("ref_loss", "ref_entropy"))
     moved = api.model_copy(update={"url": "http://127.0.0.1:2"})
     assert score_corpus(ScoreConfig(dtype="float32"), Corpus(corpus), moved, tmp_path / "api").status == "complete"
     other = api.model_copy(update={"model": "another"})
-    with pytest.raises(MismatchError, match="inputs.reference"):
+    with pytest.raises(MismatchError, match=r"inputs\.reference"):
         score_corpus(ScoreConfig(dtype="float32"), Corpus(corpus), other, tmp_path / "api")

@@ -63,6 +63,12 @@ class Shards:
         """Number of rows (blocks)."""
         return int(self._starts[-1])
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns there are."""
+        first = self.shards[0]
+        return _open(str(self.folder / first["file"]), first["sha256"], os.getpid()).schema_arrow.names
+
     def locate(self, row: int) -> tuple[dict[str, Any], int]:
         """The shard that holds `row`, and the row's number in it."""
         if not 0 <= row < len(self):

@@ -56,9 +56,10 @@ def token_rows(store: ScoreStore, corpus: Corpus, block: int) -> dict[str, list[
         MismatchError: the store is of another corpus.
     """
     text = corpus.row(block, ("input_ids", "document", "document_id", "source"))
-    scores = store.row(block, COLUMNS)
+    scores = store.row(block, tuple(name for name in COLUMNS if name in store.columns))
     order = {number: place for place, number in enumerate(dict.fromkeys(text["document"].tolist()))}
     which = [order[number] for number in text["document"].tolist()]
+    nothing = np.full(len(which), np.nan)  # an API gives no entropy
     return {
         "block": [block] * len(which),
         "position": list(range(len(which))),
@@ -66,7 +67,7 @@ def token_rows(store: ScoreStore, corpus: Corpus, block: int) -> dict[str, list[
         "source": [str(text["source"][place]) for place in which],
         "token": text["input_ids"].tolist(),
         "text": corpus.tokenizer.pieces(text["input_ids"]),
-        **{name: scores[name].astype(np.float32).tolist() for name in COLUMNS},
+        **{name: scores.get(name, nothing).astype(np.float32).tolist() for name in COLUMNS},
     }
 
 
