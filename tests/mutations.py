@@ -202,4 +202,18 @@ MUTATIONS = [
         "page_checksum_verification=False)",
         "test_store.py::test_pages_are_checked_at_every_read_not_only_when_the_file_is_opened",
     ),
+    Mutation(
+        "an API's answer is taken whatever text it is for",
+        "references/answers.py",
+        "if scored not in (sent, None):",
+        "if False:",
+        "test_api.py::test_answers_that_two_requests_exchange_are_not_taken",
+    ),
+    Mutation(
+        "isolated documents are sent to an API as one text",
+        "references/api.py",
+        "starts = [*(positions_T == 0).nonzero().flatten().tolist(), len(positions_T)]",
+        "starts = [0, len(positions_T)]",
+        "test_api.py::test_each_isolated_document_is_one_request_and_one_of_a_single_token_none[vllm]",
+    ),
 ]

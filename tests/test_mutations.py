@@ -16,7 +16,15 @@ from mutations import MUTATIONS, Mutation
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src"
 # Tests in these need no asset of conftest.py, which imports nearly everything.
-ALONE = ("test_objective.py", "test_selection.py", "test_linear_loss.py", "test_store.py", "test_a_step", "test_rows")
+ALONE = (
+    "test_objective.py",
+    "test_selection.py",
+    "test_linear_loss.py",
+    "test_store.py",
+    "test_api.py",
+    "test_a_step",
+    "test_rows",
+)
 
 
 def prepare(mutation: Mutation, folder: Path) -> list[str]:
