@@ -267,9 +267,11 @@ def _enter(folder: Path, asked: Manifest) -> Stage:
     if fresh := _is_fresh(folder, found):
         say(f"{found.stage} {folder}: fresh")
     else:
-        found.status = "running"
+        was_complete, found.status = found.status == "complete", "running"
         for name in _missing_outputs(folder, found):
             del found.outputs[name]
+        if was_complete:
+            found.write(folder)
     return Stage(folder, found, fresh)
 
 

@@ -153,7 +153,7 @@ class _Job:
                     loss = _mean(scorer(), Corpus(self.target, "validation"), self.config.batch_size)
                     write_json(_receipt_path(self.out, TARGET), {"loss": loss.nats_per_token})
         shards = [*self.shards[worker:], *self.shards[:worker]]
-        while left := [shard for shard in shards if not _is_done(self.out, shard["file"])]:
+        while left := [shard for shard in shards if not _receipt(self.out, shard["file"])]:
             held = True
             for shard in left:
                 with _claim(self.out, shard["file"]) as mine:
@@ -175,7 +175,7 @@ class _Job:
         poll()
 
 
-TARGET = "target"
+TARGET, TARGET_LOSS = "target", "target_loss"
 
 
 @contextmanager
@@ -188,15 +188,7 @@ def _claim(folder: Path, name: str) -> Iterator[bool]:
         yield False
         return
     with lock:
-        yield not _is_done(folder, name)
-
-
-def _is_done(folder: Path, name: str) -> bool:
-    """Whether a piece of work is finished: it has a receipt, or the store, which takes the receipts over, is."""
-    if _receipt(folder, name) is not None:
-        return True
-    manifest = load_manifest(folder)
-    return manifest is not None and manifest.status == "complete"
+        yield _receipt(folder, name) is None
 
 
 def _receipt_path(folder: Path, name: str) -> Path:
@@ -204,14 +196,24 @@ def _receipt_path(folder: Path, name: str) -> Path:
 
 
 def _receipt(folder: Path, name: str) -> dict[str, Any] | None:
-    """What was noted when a piece of work was finished: of a shard its hash and size."""
+    """What was noted when a piece of work was finished: of a shard its hash and size. None if it is still to be done.
+
+    Receipts are files until the manifest of the finished store takes them over.
+    """
     path = _receipt_path(folder, name)
-    if not path.is_file():
-        return None
-    receipt = json.loads(path.read_bytes())
+    try:
+        receipt = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        made = load_manifest(folder)
+        if made is None:
+            return None
+        if name == TARGET:
+            return {"loss": made.facts[TARGET_LOSS]} if TARGET_LOSS in made.facts else None
+        receipt = made.outputs.get(name)
+    if receipt is None or name == TARGET:
+        return receipt
     shard = folder / name
-    there = name == TARGET or (shard.is_file() and shard.stat().st_size == receipt["bytes"])
-    return receipt if there else None
+    return receipt if shard.is_file() and shard.stat().st_size == receipt["bytes"] else None
 
 
 def _finish(stage: Stage, corpus: Corpus, has_target: bool, reference: str) -> Manifest:
@@ -227,16 +229,16 @@ def _finish(stage: Stage, corpus: Corpus, has_target: bool, reference: str) -> M
         for shard in corpus.shards:
             stage.add_output(shard["file"])
             if stage.manifest.outputs[shard["file"]] != receipts[shard["file"]]:
-                _receipt_path(stage.folder, shard["file"]).unlink()
+                (stage.folder / shard["file"]).unlink()
                 raise DataError(
                     f"{stage.folder / shard['file']}: changed since it was written. Run the same command again: it "
                     "scores this shard anew."
                 )
-        facts = {"target_loss": receipts[TARGET]["loss"]} if has_target else {}  # type: ignore[index]
+        facts = {TARGET_LOSS: receipts[TARGET]["loss"]} if has_target else {}  # type: ignore[index]
         shards = [{**s, "sha256": stage.manifest.outputs[s["file"]]["sha256"]} for s in corpus.shards]
         manifest = stage.finish(shards=shards, block_length=corpus.block_length, reference=reference, **facts)
         for name in names:
-            _receipt_path(stage.folder, name).unlink()
+            _receipt_path(stage.folder, name).unlink(missing_ok=True)
             (stage.folder / f".{name}.lock").unlink(missing_ok=True)
         return manifest
 
