@@ -526,7 +526,7 @@ def test_workers_that_stay_draw_nothing_from_the_random_numbers_of_the_training(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    arguments = {**workers, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4}
+    arguments = {**workers, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 4}
     dropout = {"attention_dropout": 0.3}
     run(tmp_path / "whole", arguments, dropout)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
