@@ -8,28 +8,21 @@ file in the folder; they start again a few times, and a last one completes the s
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
 import os
-import platform
 import random
 import shutil
 import signal
-import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from kill_training import ARCHITECTURE, Killer, finish, fork, make_assets
+from kill_training import Killer, command, finish, fork, make_assets
 
 import rho.score
 from rho.corpus import Corpus
-from rho.models import ModelConfig, make_model
-from rho.runs import environment, read_manifest, write_json
+from rho.models import ModelConfig
+from rho.runs import read_manifest
 from rho.score import ScoreConfig, score_corpus
 
 KILLS_A_STORE = 4
@@ -98,26 +91,5 @@ def kill_all(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     return found | {"shards begun again beyond one a killed worker": max(again, 0)}
 
 
-def main() -> None:
-    """Parse the arguments, kill, print and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kill_scoring.json")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    make_model(ModelConfig(architecture=ARCHITECTURE), 300)  # its imports are paid for once
-    gc.freeze()
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        result = kill_all(args.kills, args.seed, Path(folder))
-    result |= {"seed": args.seed, "seconds": round(time.monotonic() - started, 1), "cpus": os.cpu_count()}
-    result |= {"platform": platform.platform(), **environment()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, result)
-    print(json.dumps(result, indent=1))
-    sys.exit(0 if result["identical"] else 1)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, "kill_scoring", kill_all)

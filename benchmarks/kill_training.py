@@ -196,12 +196,12 @@ def kill_all(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     return {"kills": hit.total(), "hit": dict(hit), "runs": runs, "identical": not differing, "differing": differing}
 
 
-def main() -> None:
-    """Parse the arguments, kill, print and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def command(description: str | None, name: str, kill_all: Callable[[int, int, Path], dict[str, Any]]) -> None:
+    """Parse the arguments, kill, print and write the result to results/NAME.json."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kill_training.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{name}.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     make_model(ModelConfig(architecture=ARCHITECTURE), 300)  # its imports are paid for once
@@ -218,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, "kill_training", kill_all)

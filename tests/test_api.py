@@ -524,7 +524,9 @@ def test_a_good_server_passes_the_probe_once_and_tells_its_window(stub: Stub, ki
 
 def test_a_server_that_tells_no_window_is_asked_for_texts_of_any_length(stub: Stub) -> None:
     stub.models = {"data": [{"id": MODEL}]}
-    check(reference(stub.url), *batch(1, 80))
+    made = reference(stub.url)
+    check(made, *batch(1, 80))
+    assert made.window is None and max(map(len, stub.texts)) == 80
 
 
 def back(ids: list[int]) -> list[Any]:

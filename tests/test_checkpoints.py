@@ -290,7 +290,7 @@ def test_sigterm_leaves_a_good_checkpoint_and_exit_0_and_the_same_command_goes_o
     _, told = process.communicate(timeout=60)
     seconds = time.monotonic() - asked
     assert process.returncode == 0, told
-    assert "stopped by SIGTERM after step" in told and "Traceback" not in told
+    assert "stopped after step" in told and "by SIGTERM" in told and "Traceback" not in told
     assert seconds < 10
     [stopped_at] = checkpoints(tmp_path / "cut" / "checkpoints")
     assert damage(stopped_at) == []
@@ -547,3 +547,19 @@ def before_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], N
         return original(self, *args)
 
     monkeypatch.setattr(SelectiveTrainer, "training_step", training_step)
+
+
+def test_a_signal_after_the_last_step_is_heeded_when_the_model_is_saved(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, before = SelectiveTrainer._finalize_training, signal.getsignal(signal.SIGTERM)
+
+    def late(self: Any, *args: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(SelectiveTrainer, "_finalize_training", late)
+    with pytest.raises(Stopped, match=r"cut: finished, by SIGTERM"):
+        run(tmp_path / "cut", {"max_steps": 2, "save_strategy": "no"})
+    signal.signal(signal.SIGTERM, before)
+    assert read_manifest(tmp_path / "cut").facts["step"] == 2

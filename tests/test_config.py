@@ -224,6 +224,10 @@ def test_assignments_make_a_tree_of_yaml_values():
     assert assignments(["a=1", "b.c=1.0e-3", "b.d=[x]", "e=no"]) == {"a": 1, "b": {"c": 0.001, "d": ["x"]}, "e": False}
 
 
+def test_fsdp_may_be_switched_on_as_transformers_says_it(load):
+    assert load({"train.arguments": {"fsdp": True}}).train.arguments["fsdp"] is True
+
+
 def test_a_strategy_of_no_is_not_read_as_false(load):
     config = load(overrides=["train.arguments.save_strategy=no"])
     assert config.train.arguments["save_strategy"] == "no"

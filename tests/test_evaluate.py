@@ -103,6 +103,11 @@ def test_a_finished_stage_is_evaluated_with_the_tokens_it_was_trained_on(referen
     [last] = checkpoints_of(reference, "arm")
     for folder in (reference, reference / "model", reference / "checkpoints" / "checkpoint-12"):
         assert finished(str(folder)) == replace(last, model=str(folder), arm="model", content=None)
+    other = reference.parent / "somebody's"  # a manifest.json that is none of ours
+    (other / "weights").mkdir(parents=True, exist_ok=True)
+    (other / "manifest.json").write_text("{}")
+    for folder in (other, other / "weights"):
+        assert finished(str(folder)).step is None
     assert finished("somebody/model", "plain") == Checkpoint("somebody/model", "plain", step=None)
 
 

@@ -244,3 +244,14 @@ def test_the_first_difference_of_nested_mappings_is_named_in_dotted_form():
     assert first_difference({"a": {"b": 1}, "c": 2}, {"a": {"b": 1}, "c": 2}) is None
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b: asked for 1, found 2"
     assert first_difference({"a": {"b": 1}}, {"a": 3}) == "a: asked for {'b': 1}, found 3"
+
+
+def test_one_who_follows_sees_a_stage_as_fresh_as_the_one_who_leads(tmp_path):
+    make(tmp_path / "s")
+    for expected in (True, False):
+        if not expected:
+            (tmp_path / "s" / "out.txt").unlink()
+        with open_stage(tmp_path / "s", "toy", CONFIG, INPUTS, follow=True) as follower:
+            assert follower.fresh is expected
+        with open_stage(tmp_path / "s", "toy", CONFIG, INPUTS) as leader:
+            assert leader.fresh is expected

@@ -301,3 +301,9 @@ def test_huge_scores_and_empty_rows_give_finite_weights() -> None:
         loss = torch.tensor([[NAN, 1e4, 0.0], [NAN] * 3])
         weight = selector.soft_weights(selector.scores(loss, columns, None, 3, 0), eligible)
         assert weight.isfinite().all() and (weight[1] == 0).all()
+
+
+def test_a_second_selection_that_keeps_all_still_needs_what_its_score_is_made_from():
+    selector = Selector("loss", 0.5, second=Selector("ref_entropy", 1.0))
+    assert selector.columns == ("ref_entropy",)
+    assert Selector("excess", 1.0).columns == ()

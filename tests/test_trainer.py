@@ -7,27 +7,31 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import GradientAccumulationPlugin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import trainer as trainer_module
 
 from rho.corpus import Corpus
 from rho.data import RowOrder, TrainingBlocks, collate
 from rho.durable import HOOKS, DurableTrainer
-from rho.errors import ConfigError, DataError
+from rho.errors import ConfigError, DataError, RhoError
 from rho.evaluate import EvaluateConfig, checkpoints_of, evaluate
 from rho.forward import selective_forward
 from rho.models import ModelConfig, check_head, make_model, save_model, with_lora
 from rho.objective import excess_loss, select_top, token_loss
 from rho.score import ScoreConfig, mean_loss, score_corpus
 from rho.selection import Cut, RunningThreshold, Schedule, Selector, dataset_cut, random_score
+from rho.stats import SelectionStats
 from rho.store import ScoreStore
 from rho.train import TrainConfig, train
 from rho.trainer import SelectiveTrainer
@@ -789,3 +793,33 @@ def test_a_trainer_that_lacks_what_is_overridden_is_refused(fake_trainer: Select
     monkeypatch.delattr(Trainer, "_get_grad_norm")
     with pytest.raises(ConfigError, match=r"its Trainer has no _get_grad_norm, .* Install transformers 5.3"):
         DurableTrainer(fake_trainer.model, fake_trainer.args)
+
+
+def test_accelerate_is_not_left_to_divide_the_loss_by_the_accumulation(
+    corpus: Path, scores: Path, architecture: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Transformers up to 5.17 told it to; this one no longer does by itself."""
+    asked = partial(GradientAccumulationPlugin, num_steps=2)
+    monkeypatch.setattr(trainer_module, "GradientAccumulationPlugin", lambda **_: asked())
+    data = TrainingBlocks(Corpus(corpus), ScoreStore(scores))
+    model = make_model(ModelConfig(architecture=architecture), 300)
+    trainer = make_trainer(model, Selector(ratio=0.6), data, tmp_path, gradient_accumulation_steps=2)
+    assert trainer.accelerator.gradient_accumulation_steps == 1
+
+
+def test_a_threshold_that_selects_nothing_for_a_while_is_no_error(fake_trainer: SelectiveTrainer) -> None:
+    stats = SelectionStats(Selector("loss", 0.5, "running"), [])
+    loss, eligible = torch.tensor([[NAN, 1.0, 3.0]]), torch.tensor([[False, True, True]])
+    stats.add(loss, eligible, torch.zeros_like(eligible))
+    record = stats.record(stats.sums())
+    assert (record["selected"], record["loss_selected"], record["loss_unselected"]) == (0, None, 2.0)
+
+
+def test_excess_that_nothing_was_compared_for_is_not_called_zero() -> None:
+    stats = SelectionStats(Selector("excess", schedule=Schedule(((0, 1.0), (2, 0.5)))), [])
+    loss, eligible = torch.tensor([[NAN, 1.0, 3.0]]), torch.tensor([[False, True, True]])
+    stats.add(loss, eligible, eligible, ref_loss_BT=torch.full((1, 3), NAN))
+    assert stats.record(stats.sums())["loss_all"] == 2.0
+    stats.add(loss, eligible, eligible, ref_loss_BT=loss)
+    with pytest.raises(RhoError, match="the excess loss is zero for every token"):
+        stats.record(stats.sums())

@@ -54,7 +54,7 @@ def test_swapped_and_missing_files_are_named(scores: Path, tmp_path: Path) -> No
     c.unlink()
     found = wrong(tmp_path)["scores"]
     assert [line.partition(":")[0] for line in found] == [a.name, b.name, c.name]
-    assert found[2] == f"{c.name}: missing"
+    assert found[2] == f"{c.name}: No such file or directory"
 
 
 def test_a_folder_of_something_else_is_no_success(tmp_path: Path) -> None:

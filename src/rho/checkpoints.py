@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rho.errors import DataError
 from rho.progress import say
-from rho.runs import hash_file, hash_json, sync, write_json
+from rho.runs import damage_of, hash_file, hash_json, sync, write_json
 
 HASHES = "hashes.json"
 PARTIAL = ".partial"  # folder of what is being written or removed: nothing in it counts
@@ -48,18 +48,9 @@ def damage(checkpoint: Path) -> list[str]:
     there = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()} - {HASHES}
     found = [f"{name}: not part of the checkpoint" for name in sorted(there - hashes["files"].keys())]
     for name, written in hashes["files"].items():
-        if wrong := _damage_of(checkpoint / name, written["sha256"], written["bytes"]):
+        if wrong := damage_of(checkpoint / name, written):
             found.append(f"{name}: {wrong}")
     return found
-
-
-def _damage_of(path: Path, sha256: str, size: int) -> str | None:
-    try:
-        if path.stat().st_size != size:
-            return f"{path.stat().st_size} bytes, {size} were written"
-        return None if hash_file(path) == sha256 else "content changed"
-    except OSError as error:  # missing, or the disk can't read it
-        return error.strerror or str(error)
 
 
 def check(checkpoint: Path) -> None:

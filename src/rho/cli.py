@@ -5,11 +5,10 @@ Heavy modules are imported inside the commands, so that `rho --help` answers at 
 
 from __future__ import annotations
 
-import enum
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -69,13 +68,6 @@ ModelPath = Annotated[
 TextField = Annotated[str, typer.Option(help="Field or column that holds the text.")]
 SkipBadRecords = Annotated[bool, typer.Option(help="Count and list unreadable records, don't stop.")]
 Seed = Annotated[int, typer.Option(help="Seed of new weights, data order and random selection.")]
-
-
-class Engines(enum.Enum):
-    """What `rho.engines.Engine` names; that module is imported too slowly for --help."""
-
-    local = "local"
-    ray = "ray"
 
 
 @app.command(cls=_Command)
@@ -170,7 +162,7 @@ def score(
     precision: Annotated[str, typer.Option(help="Of the forward: float32 or bfloat16.")] = "float32",
     batch_size: Annotated[int, typer.Option(help="Blocks a forward.")] = 8,
     workers: Annotated[int, typer.Option(help="Processes: one for each accelerator, or sharing the CPU.")] = 1,
-    engine: Annotated[Engines, typer.Option(help="Who runs the workers.")] = Engines.local,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Who runs the workers.")] = "local",
     task_index: Annotated[int, typer.Option(help="Of an array job whose tasks share --out: this one's number.")] = 0,
     num_tasks: Annotated[int, typer.Option(help="Of an array job: how many tasks.")] = 1,
 ) -> None:
@@ -189,7 +181,7 @@ def score(
     if api is not None:
         served = {"url": api, "model": reference, **assignments(api_setting or [], "--api-setting")}
         model = validated(ApiConfig, served, "rho score --api")
-    score_corpus(config, Corpus(corpus), model, out, held_out, engine.value, workers, task)
+    score_corpus(config, Corpus(corpus), model, out, held_out, engine, workers, task)
     print(out)
 
 

@@ -323,6 +323,13 @@ class Corpus(Shards):
         labels = token_labels(input_ids, position_ids, self.special_ids)
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
+    @staticmethod
+    def origins(row: dict[str, np.ndarray]) -> list[tuple[str, str]]:
+        """(document id, source) of each token of a row with the columns document, document_id and source."""
+        place = {number: n for n, number in enumerate(dict.fromkeys(row["document"].tolist()))}
+        named = list(zip(map(str, row["document_id"]), map(str, row["source"]), strict=True))
+        return [named[place[number]] for number in row["document"].tolist()]
+
     def describe(self, block: int) -> str:
         """Where a block's text comes from, for messages."""
         names = ", ".join(dict.fromkeys(self.row(block, ("document_id",))["document_id"].tolist()))

@@ -39,7 +39,7 @@ def run_workers(engine: Engine, work: Work, workers: int, poll: Callable[[], Non
     Raises:
         RhoError: of a worker; or too many workers were lost.
     """
-    {"local": _run_local, "ray": _run_ray}[engine](work, workers, poll)
+    (_run_ray if engine == "ray" else _run_local)(work, workers, poll)
 
 
 def _run_local(work: Work, workers: int, poll: Callable[[], None]) -> None:

@@ -86,15 +86,15 @@ def checkpoints_of(train_folder: str | os.PathLike[str], arm: str) -> list[Check
 def finished(model: str, name: str = "model") -> Checkpoint:
     """A model by its folder or name; with what it was trained on where it is (part of) a finished train stage."""
     path = Path(model)
-    for stage in (path, path.parent, path.parent.parent):
-        if not (stage / MANIFEST).is_file():
-            continue
-        manifest = read_manifest(stage, "train")
-        step = step_of(path) if path.parent.name == "checkpoints" else manifest.facts["step"]
-        found = [c for c in manifest.facts["checkpoints"] if c["step"] == step]
-        counts = {key: found[0][key] for key in ("tokens_seen", "tokens_selected")} if found else {}
-        return Checkpoint(model, name, manifest.config["seed"], step, **counts)
-    return Checkpoint(model, name, step=None)
+    is_checkpoint = path.parent.name == "checkpoints"
+    stage = path.parent.parent if is_checkpoint else path.parent if path.name == "model" else path
+    if not (stage / MANIFEST).is_file() or not (stage / "model").is_dir():
+        return Checkpoint(model, name, step=None)
+    manifest = read_manifest(stage, "train")
+    step = step_of(path) if is_checkpoint else manifest.facts["step"]
+    found = [c for c in manifest.facts["checkpoints"] if c["step"] == step]
+    counts = {key: found[0][key] for key in ("tokens_seen", "tokens_selected")} if found else {}
+    return Checkpoint(model, name, manifest.config["seed"], step, **counts)
 
 
 def evaluate(
@@ -244,18 +244,17 @@ def _token_table(
     excess_T: Tensor,
     selected_T: Tensor,
 ) -> pa.Table:
-    order = {number: i for i, number in enumerate(dict.fromkeys(row["document"].tolist()))}
-    which = [order[number] for number in row["document"].tolist()]
+    origins = corpus.origins(row)
     scored = excess_T.isfinite()
     rank = torch.full_like(excess_T, torch.nan)
     rank[scored] = excess_T[scored].argsort().argsort().float() / max(int(scored.sum()) - 1, 1)
     return pa.table(
         {
-            "arm": [entry.arm] * len(which),
-            "seed": [entry.seed] * len(which),
-            "document": [str(row["document_id"][i]) for i in which],
-            "source": [str(row["source"][i]) for i in which],
-            "position": np.arange(len(which)),
+            "arm": [entry.arm] * len(origins),
+            "seed": [entry.seed] * len(origins),
+            "document": [document for document, _ in origins],
+            "source": [source for _, source in origins],
+            "position": np.arange(len(origins)),
             "text": corpus.tokenizer.pieces(row["input_ids"]),
             "loss": loss_T.numpy(),
             "ref_loss": ref_loss_T.numpy(),

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
@@ -45,7 +45,7 @@ def keep_rows_a_step(args: TrainingArguments, stage: Stage) -> int:
     return rows
 
 
-def fit(trainer: SelectiveTrainer, folder: Path, block_length: int, rows_a_step: int) -> None:
+def fit(trainer: SelectiveTrainer, folder: Path, block_length: int, rows_a_step: int) -> signal.Signals | None:
     """Train to the end, going on from the newest good checkpoint if there is one.
 
     Args:
@@ -53,6 +53,9 @@ def fit(trainer: SelectiveTrainer, folder: Path, block_length: int, rows_a_step:
         folder: the stage's.
         block_length: tokens in a row.
         rows_a_step: rows in an optimizer step.
+
+    Returns:
+        A signal that came too late to stop before the end: for `stop`, when the model is saved.
 
     Raises:
         Stopped: SIGTERM arrived; there is a checkpoint of the last step.
@@ -74,13 +77,18 @@ def fit(trainer: SelectiveTrainer, folder: Path, block_length: int, rows_a_step:
     with track(f"train {folder.name}", total * tokens, step * tokens) as advance, Signals() as signals:
         trainer.add_callback(_Progress(trainer, lambda: advance(tokens), signals))
         trainer.train(resume_from_checkpoint=str(folder / "checkpoints" / f"checkpoint-{step}") if step else None)
-        if signals.received is None or trainer.state.global_step >= trainer.state.max_steps:
-            return
-    stopped = f"{folder}: stopped by {signals.received.name} after step {trainer.state.global_step}, with a checkpoint"
-    if signals.received == signal.SIGINT:
-        say(stopped)
+    if trainer.interrupted:
+        assert signals.received is not None
+        stop(signals.received, f"{folder}: stopped after step {trainer.state.global_step}, with a checkpoint")
+    return signals.received
+
+
+def stop(received: signal.Signals, where: str) -> NoReturn:
+    """End as the signal asks: Ctrl-C as an interruption, SIGTERM in good order."""
+    if received == signal.SIGINT:
+        say(f"{where}, by Ctrl-C")
         raise KeyboardInterrupt
-    raise Stopped(f"{stopped}. Run the same command again to go on.")
+    raise Stopped(f"{where}, by {received.name}. Run the same command again to go on.")
 
 
 class Signals:

@@ -28,7 +28,6 @@ from rho.progress import say
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
-ENTRY_SECONDS = 60.0  # that one process of a shared stage may take over the manifest
 FORMAT = 1
 MADE_FROM = ("stage", "config", "inputs")
 
@@ -79,6 +78,16 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage_of(path: Path, recorded: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file of which `sha256` and `bytes` were recorded; None if it is as it was written."""
+    try:
+        if path.stat().st_size != recorded["bytes"]:
+            return f"{path.stat().st_size} bytes, {recorded['bytes']} were written"
+        return None if hash_file(path) == recorded["sha256"] else "content changed"
+    except OSError as error:  # missing, or the disk can't read it
+        return error.strerror or str(error)
 
 
 def hash_json(value: Any) -> str:
@@ -180,7 +189,7 @@ class Stage:
     @contextmanager
     def alone(self) -> Iterator[bool]:
         """Of a shared stage: nobody else is in here. False where somebody else has finished the stage meanwhile."""
-        with self.lock.acquire(timeout=ENTRY_SECONDS):
+        with self.lock:  # however long another takes to hash what it finishes; a dead one's lock is free
             found = load_manifest(self.folder)
             finished = found is not None and found.status == "complete"
             if finished:
@@ -233,7 +242,7 @@ def open_stage(
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=ENTRY_SECONDS if shared else 0)
+        lock.acquire(timeout=-1 if shared else 0)
     except Timeout:
         raise RhoError(
             f"{folder}: another rho process is writing here. Wait for it or choose another folder."

@@ -24,6 +24,7 @@ from rho.runs import MANIFEST, Manifest, atomic_write, hash_file, read_manifest
 ROW_GROUP = 32  # blocks decoded together: small enough for random access, large enough to compress
 OPEN_SHARDS = 64  # files one process keeps open
 
+SCORES = ("ref_loss", "ref_entropy")  # what a reference says of a token: Eq. 1 and Eq. 8, nats
 Column = Sequence[np.ndarray]
 
 

@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 
 from rho.corpus import Corpus
 from rho.runs import MANIFEST, atomic_write, load_manifest
-from rho.store import ScoreStore
+from rho.store import SCORES, ScoreStore
 
-COLUMNS = ("ref_loss", "ref_entropy")
 SCHEMA = pa.schema(
     {
         "block": pa.int64(),
@@ -50,24 +49,22 @@ def summary(store: ScoreStore) -> dict[str, Any]:
 
 
 def token_rows(store: ScoreStore, corpus: Corpus, block: int) -> dict[str, list[Any]]:
-    """The tokens of one block, a column each (`SCHEMA`).
+    """The tokens of one block, a column each (`SCHEMA`); losses and entropies in nats, NaN where there is none.
 
-    Raises:
-        MismatchError: the store is of another corpus.
+    The store must be of this corpus (`ScoreStore.check_corpus`).
     """
     text = corpus.row(block, ("input_ids", "document", "document_id", "source"))
-    scores = store.row(block, tuple(name for name in COLUMNS if name in store.columns))
-    order = {number: place for place, number in enumerate(dict.fromkeys(text["document"].tolist()))}
-    which = [order[number] for number in text["document"].tolist()]
-    nothing = np.full(len(which), np.nan)  # an API gives no entropy
+    scores = store.row(block, tuple(name for name in SCORES if name in store.columns))
+    origins = corpus.origins(text)
+    nothing = np.full(len(origins), np.nan)  # an API gives no entropy
     return {
-        "block": [block] * len(which),
-        "position": list(range(len(which))),
-        "document": [str(text["document_id"][place]) for place in which],
-        "source": [str(text["source"][place]) for place in which],
+        "block": [block] * len(origins),
+        "position": list(range(len(origins))),
+        "document": [document for document, _ in origins],
+        "source": [source for _, source in origins],
         "token": text["input_ids"].tolist(),
         "text": corpus.tokenizer.pieces(text["input_ids"]),
-        **{name: scores.get(name, nothing).astype(np.float32).tolist() for name in COLUMNS},
+        **{name: scores.get(name, nothing).astype(np.float32).tolist() for name in SCORES},
     }
 
 

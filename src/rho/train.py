@@ -24,7 +24,7 @@ from rho.data import CombineReferences, TrainingBlocks
 from rho.distributed import rank
 from rho.durable import OWN_STATE, EarlyStopping
 from rho.errors import ConfigError, MismatchError
-from rho.fit import fit, keep_rows_a_step
+from rho.fit import fit, keep_rows_a_step, stop
 from rho.models import (
     ModelConfig,
     check_isolation,
@@ -229,7 +229,7 @@ def train(
         args = training_arguments(config, stage.folder / "checkpoints", target is not None)
         rows_a_step = keep_rows_a_step(args, stage)
         trainer = _trainer(config, network, args, data, TrainingBlocks(target) if target is not None else None)
-        fit(trainer, stage.folder, corpus.block_length, rows_a_step)
+        late = fit(trainer, stage.folder, corpus.block_length, rows_a_step)
         # Sharded weights are put together by all ranks.
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
         if rank() > 0:
@@ -240,7 +240,10 @@ def train(
         stage.add_folder("model")
         stage.add_output(STEP_LOG)
         best = trainer.state.best_global_step if args.load_best_model_at_end else None
-        return stage.finish(step=best or trainer.state.global_step, checkpoints=_checkpoints(stage.folder))
+        made = stage.finish(step=best or trainer.state.global_step, checkpoints=_checkpoints(stage.folder))
+        if late is not None:
+            stop(late, f"{stage.folder}: finished")
+        return made
 
 
 def _trainer(

@@ -27,8 +27,7 @@ from rho.progress import say
 from rho.selection import Cut, RunningThreshold, Selector
 from rho.stats import SelectionStats
 from rho.step import Step
-
-COLUMNS = ("ref_loss", "ref_entropy")
+from rho.store import SCORES
 
 
 class SelectiveTrainer(DurableTrainer):
@@ -171,7 +170,7 @@ class SelectiveTrainer(DurableTrainer):
         return active.select_step(scores_of, eligible, all_gather, rank())
 
     def _scores(self, active: Selector, batch: dict[str, Tensor], loss: Tensor | None) -> list[Tensor]:
-        columns = {name: batch[name] for name in COLUMNS if name in batch}
+        columns = {name: batch[name] for name in SCORES if name in batch}
         length = batch["labels"].shape[1]
         return [p.scores(loss, columns, batch.get("block"), length, self.state.global_step) for p in active.parts]
 
@@ -194,7 +193,7 @@ class SelectiveTrainer(DurableTrainer):
     def eligible(self, batch: dict[str, Tensor]) -> Tensor:
         """Eligible tokens of a batch; an error if the scores that the selection needs are missing."""
         try:
-            columns = {name: batch[name] for name in COLUMNS if name in batch}
+            columns = {name: batch[name] for name in SCORES if name in batch}
             return self.selector.at(self.state.global_step).eligible(batch["labels"], columns)
         except ValueError as error:
             raise MismatchError(f"{error}. The training rows have {', '.join(sorted(batch))}.") from error

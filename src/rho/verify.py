@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rho.checkpoints import checkpoints, damage
 from rho.errors import DataError
-from rho.runs import MANIFEST, hash_file, load_manifest
+from rho.runs import MANIFEST, damage_of, load_manifest
 
 
 def verify(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, list[str]]]:
@@ -34,13 +34,8 @@ def _wrong(stage: Path) -> list[str]:
         return [str(error)]
     wrong = [] if manifest is None or manifest.status == "complete" else [f"{MANIFEST}: the stage was not finished"]
     for name, recorded in manifest.outputs.items() if manifest else ():
-        path = stage / name
-        if not path.is_file():
-            wrong.append(f"{name}: missing")
-        elif path.stat().st_size != recorded["bytes"]:
-            wrong.append(f"{name}: {path.stat().st_size} bytes, {recorded['bytes']} were written")
-        elif hash_file(path) != recorded["sha256"]:
-            wrong.append(f"{name}: content changed")
+        if found := damage_of(stage / name, recorded):
+            wrong.append(f"{name}: {found}")
     for checkpoint in checkpoints(stage / "checkpoints"):
         wrong += [f"checkpoints/{checkpoint.name}/{line}" for line in damage(checkpoint)]
     return wrong
