@@ -23,8 +23,8 @@ def selective_forward(selector: Selector) -> Callable[..., dict[str, Tensor]]:
 
     It runs as the model's own, so that the loss is computed inside whatever wraps the model (DDP, FSDP, autocast). Its
     arguments are a batch's tensors: input_ids, position_ids, labels, ref_loss, ref_entropy and the mask `selected`
-    (where it is decided already) are BT; `block` (row numbers) is B. `threshold` is that of scope running; `rest_weight` what
-    each eligible token that is not selected weighs (retention). In eval mode every token with a label counts.
+    (where it is decided already) are BT; `block` (row numbers) is B. `threshold` is that of scope running;
+    `rest_weight` what each eligible token that is not selected weighs (retention). In eval mode every label counts.
 
     It returns by name: `loss`, the sum over the selected tokens (nats, to be divided by their number in the whole
     optimizer step); `token_loss` BT without gradient; masks `eligible` and `selected` BT; for scope running `score` BT.
