@@ -32,10 +32,10 @@ def run(assets: Path, out: Path, at: int | None = None) -> None:
     """Score, or go on scoring, into `out`, noting each shard that is begun; killed at event number `at`."""
     original = rho.score._score_shard
 
-    def noted(*args: Any) -> None:
+    def noted(*args: Any) -> int:
         with open(out.parent / f"{out.name}-begun", "a") as file:
             file.write(f"{args[2]['file']}\n")
-        original(*args)
+        return original(*args)
 
     rho.score._score_shard = noted
     killer = Killer(out, at)

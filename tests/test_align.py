@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from conftest import example_records
 from rho.corpus import Corpus
-from rho.references.align import BYTE_OF, byte_spans, map_losses, recover_text, spelled, text_losses
+from rho.references.align import BYTE_OF, byte_spans, map_losses, recover_text, spelled
 from rho.tokenizer import EOS, Tokenizer
 
 NAN = math.nan
@@ -315,7 +315,7 @@ def test_the_loss_of_every_aligned_span_is_preserved(model, reference, text, see
     ref_ids, ref_spans = byte_spans(tokenizer(reference), text)
     ids, spans = byte_spans(tokenizer(model), text)
     losses = random_losses(len(ref_ids), seed)
-    found = text_losses(text, spans, tokenizer(reference), lambda _: losses)
+    found = map_losses(losses, ref_spans, spans)
     assert found.shape == ids.shape
     if len(ref_ids) == 0:
         assert np.isnan(found).all()
@@ -333,7 +333,7 @@ def test_with_equal_tokenizers_it_is_the_identity(kind, text, seed):
     losses = random_losses(len(ids) + 1, seed)
     losses[:: 1 + seed % 5] = NAN
     spans = np.concatenate([spans, [[len(text.encode())] * 2]])  # the end token
-    found = text_losses(text, spans, tokenizer(kind), lambda _: losses, ended=True)
+    found = map_losses(losses, byte_spans(tokenizer(kind), text, ended=True)[1], spans)
     np.testing.assert_array_equal(found, losses)
 
 
@@ -346,7 +346,7 @@ def test_a_first_token_without_score_spoils_the_first_group_only(model, referenc
         return
     losses = random_losses(len(ref_ids), seed)
     losses[0] = NAN
-    found = text_losses(text, spans, tokenizer(reference), lambda _: losses)
+    found = map_losses(losses, ref_spans, spans)
     places = [place for place in aligned_places(ref_spans, spans) if place >= ref_spans[0, 1]]
     first_cut = places[0] if places else len(text.encode())
     scored = ~np.isnan(found)
@@ -380,39 +380,15 @@ def test_byte_pieces_of_a_character_have_their_own_bytes():
     assert byte_spans(Tokenizer(plain, EOS), "aß🙃")[1].tolist() == spans
 
 
-# Scoring
-
-
-def test_the_reference_reads_its_own_ids_and_its_own_end_token():
-    seen = []
-
-    def score(ids: np.ndarray) -> np.ndarray:
-        seen.append(ids.tolist())
-        return np.arange(len(ids), dtype=np.float32)
-
-    reference = tokenizer("unigram")
-    text = "The cats"
+def test_the_end_of_a_document_is_each_tokenizers_own():
+    reference, text = tokenizer("unigram"), "The cats"
     own = reference.backend.encode(text, add_special_tokens=False).ids
-    spans = np.array([(0, 8), (8, 8)])
+    ids, spans = byte_spans(reference, text, ended=True)
+    assert ids.tolist() == [*own, reference.eos_id] and spans[-1].tolist() == [8, 8]
+    losses = np.arange(len(ids), dtype=np.float32)
     number = len(own)
-    assert text_losses(text, spans[:1], reference, score).tolist() == [number * (number - 1) / 2]
-    assert text_losses(text, spans, reference, score, ended=True).tolist() == [number * (number - 1) / 2, number]
-    assert seen == [own, [*own, reference.eos_id]]
-
-
-def test_a_text_without_reference_tokens_is_not_scored():
-    def score(ids: np.ndarray) -> np.ndarray:
-        raise AssertionError("called")
-
-    assert np.isnan(text_losses("\x00 ", np.array([(0, 1), (1, 2)]), tokenizer("word piece"), score)).all()
-
-
-def test_spans_of_another_text_and_scores_of_other_ids_are_errors():
-    reference = tokenizer("unigram")
-    with pytest.raises(ValueError, match="ends at byte 9 of a text of 4 bytes"):
-        text_losses("🙂", np.array([(0, 9)]), reference, lambda ids: np.zeros(len(ids)))
-    with pytest.raises(ValueError, match="losses for"):
-        text_losses("The", np.array([(0, 3)]), reference, lambda ids: np.zeros(len(ids) + 1))
+    assert map_losses(losses, spans, np.array([(0, 8), (8, 8)])).tolist() == [number * (number - 1) / 2, number]
+    assert byte_spans(reference, "", ended=True)[0].tolist() == [reference.eos_id]
 
 
 # Text of rows
@@ -457,10 +433,11 @@ def test_any_ids_give_a_text_that_can_be_scored(kind, data, seed):
     num_bytes = np.random.default_rng(seed).integers(0, 3, len(ids))
     text, spans = recover_text(made, ids, num_bytes)
     check_spans(text, spans)
-    losses = text_losses(text, spans, tokenizer("byte-level, small"), lambda ids: np.ones(len(ids)))
+    _, ref_spans = byte_spans(tokenizer("byte-level, small"), text)
+    losses = map_losses(np.ones(len(ref_spans)), ref_spans, spans)
     assert len(losses) == len(ids)
     if text and len(ids):
-        assert losses.sum() == pytest.approx(len(byte_spans(tokenizer("byte-level, small"), text)[0]), abs=1e-4)
+        assert losses.sum() == pytest.approx(len(ref_spans), abs=1e-4)
 
 
 def recovered(kind: str, text: str) -> str:
@@ -512,8 +489,8 @@ def test_tokens_spell_what_they_add_between_others():
     backend = Backend(models.BPE({"it</w>": 0, "s": 1}, [], end_of_word_suffix="</w>"))
     backend.decoder = decoders.BPEDecoder("</w>")
     assert spelled(Tokenizer(backend, EOS), [0, 1]) == [b"it ", b"s"]
-    backend.decoder = None
-    assert spelled(Tokenizer(backend, EOS), [1]) == [b" s"]
+    undecoded = Backend(models.BPE({"it</w>": 0, "s": 1}, [], end_of_word_suffix="</w>"))
+    assert spelled(Tokenizer(undecoded, EOS), [1]) == [b" s"]
     backend = byte_level(0)
     backend.add_tokens(["naïve"])
     assert spelled(Tokenizer(backend, EOS), backend.encode("naïve").ids) == ["naïve".encode()]

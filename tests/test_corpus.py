@@ -253,7 +253,7 @@ def test_a_model_with_too_few_embeddings_or_positions_is_refused_with_both_sizes
     blocks.check_model(SimpleNamespace(vocab_size=512), "padded")
     with pytest.raises(MismatchError, match="token ids up to 299, model small has 256 embeddings"):
         blocks.check_model(SimpleNamespace(vocab_size=256), "small")
-    with pytest.raises(MismatchError, match="blocks of 16 tokens, model short reads at most 8"):
+    with pytest.raises(MismatchError, match="expected a model that reads 16 tokens at once, short reads at most 8"):
         blocks.check_model(SimpleNamespace(vocab_size=300, max_position_embeddings=8), "short")
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from distributed_worker import by_fully_shard
 from rho.corpus import Corpus
 from rho.models import ModelConfig
-from rho.score import mean_loss
+from rho.references.model import mean_loss
 from rho.store import ScoreStore
 from rho.train import TrainConfig, train
 

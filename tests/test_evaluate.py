@@ -16,7 +16,8 @@ from rho.corpus import Corpus
 from rho.errors import DataError
 from rho.evaluate import Checkpoint, EvaluateConfig, Exploration, checkpoints_of, evaluate, finished
 from rho.models import ModelConfig, make_model
-from rho.score import mean_loss
+from rho.references.model import mean_loss
+from rho.score import Source
 from rho.selection import Selector
 
 
@@ -73,7 +74,7 @@ def test_the_explored_text_holds_every_token_with_both_losses_and_the_selection(
 ) -> None:
     text = Corpus(corpus, "validation")
     make_model(ModelConfig(architecture=architecture), text.vocab_size).save_pretrained(tmp_path / "model")
-    explore = Exploration(text, {"reference": ModelConfig(path=str(reference))}, Selector("excess", 0.5))
+    explore = Exploration(text, {"reference": Source(ModelConfig(path=str(reference)))}, Selector("excess", 0.5))
     models = [Checkpoint(str(tmp_path / "model"), "slm", 1, 2)]
     evaluate(EvaluateConfig(token_blocks=2), models, {"a": text}, tmp_path / "out", explore)
     table = pq.read_table(tmp_path / "out" / "tokens.parquet").to_pydict()

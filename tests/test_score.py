@@ -20,7 +20,8 @@ from rho.errors import DataError, MismatchError
 from rho.models import ModelConfig, make_model, save_model
 from rho.objective import IGNORE_INDEX, token_entropy, token_labels, token_loss
 from rho.references.api import ApiConfig, ApiReference
-from rho.score import ScoreConfig, load_reference, mean_loss, score_batch, score_corpus
+from rho.references.model import load_reference, mean_loss, score_batch
+from rho.score import ScoreConfig, score_corpus
 from rho.store import ScoreStore
 from rho.tokenizer import Tokenizer
 from rho.tokens import token_rows
@@ -167,24 +168,41 @@ def test_a_reference_that_gives_no_number_is_an_error(corpus: Path, reference: P
         score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(tmp_path / "broken")), tmp_path / "out")
 
 
-def test_a_single_token_without_a_finite_score_is_an_error_that_names_its_document(
-    corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("bad", "stops"), [({5: (3, 5)}, False), ({5: (3, 5), 6: (0, 9)}, True)])
+def test_a_block_without_a_score_is_put_into_quarantine_and_too_many_end_the_job(
+    bad: dict, stops: bool, corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = 0
+    calls = itertools.count()
 
-    def one_bad(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        nonlocal calls
-        calls += 1
+    def some_bad(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         loss, entropy = score_batch(*args, **kwargs)
-        if calls == 6:  # of 8 blocks each; shards have 40
-            loss[3, 5] = torch.inf
+        if (call := next(calls)) in bad:  # of 8 blocks each; shards have 40
+            loss[bad[call]] = torch.inf
         return loss, entropy
 
-    monkeypatch.setattr(rho.score, "score_batch", one_bad)
-    named = rf"block 43 of {corpus}/train-00001.parquet \(documents doc-.*token 5 no finite score"
-    with pytest.raises(DataError, match=named):
-        score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(reference)), tmp_path / "out")
-    assert (tmp_path / "out" / "train-00000.parquet").exists()  # what was finished is kept
+    def scored() -> None:
+        score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(reference)), tmp_path)
+
+    monkeypatch.setattr(rho.score, "score_batch", some_bad)
+    if stops:
+        named = rf"block 48 of {corpus}/train-00001.parquet \(documents doc-.*none of token 9 .*and 2 blocks of this"
+        with pytest.raises(DataError, match=named):
+            scored()
+        assert (tmp_path / "train-00000.parquet").exists()  # what was finished is kept
+        return
+    scored()
+    [listed] = json.loads((tmp_path / "train-00001.quarantine.json").read_text())
+    assert (listed["block"], listed["tokens"]) == (43, [5]) and "finite" in listed["reason"]
+    assert listed["where"].startswith(f"block 43 of {corpus}/train-00001.parquet (documents doc-")
+    store = ScoreStore(tmp_path)
+    assert [shard["quarantined"] for shard in store.shards] == [0, 1, *[0] * (len(store.shards) - 2)]
+    assert np.isnan(store.row(43, ("ref_loss",))["ref_loss"]).tolist() == [n in (0, 5) for n in range(16)]
+    assert not np.isnan(store.row(42, ("ref_loss",))["ref_loss"][1:]).any()
+    # The list is part of the store: without it the shard is scored anew.
+    (tmp_path / "train-00001.quarantine.json").unlink()
+    scored()
+    assert ScoreStore(tmp_path).shards[1]["quarantined"] == 0
+    assert not np.isnan(ScoreStore(tmp_path).row(43, ("ref_loss",))["ref_loss"][1:]).any()
 
 
 def test_a_set_without_any_labelled_token_is_an_error(reference: Path, tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from rho.evaluate import EvaluateConfig, checkpoints_of, evaluate
 from rho.forward import selective_forward
 from rho.models import ModelConfig, check_head, make_model, save_model, with_lora
 from rho.objective import excess_loss, select_top, token_loss
-from rho.score import ScoreConfig, mean_loss, score_corpus
+from rho.references.model import mean_loss
+from rho.score import ScoreConfig, score_corpus
 from rho.selection import Cut, RunningThreshold, Schedule, Selector, dataset_cut, random_score
 from rho.stats import SelectionStats
 from rho.store import ScoreStore

@@ -161,6 +161,12 @@ def score(
     dtype: Annotated[str, typer.Option(help="Of the stored columns: float16 or float32.")] = "float16",
     precision: Annotated[str, typer.Option(help="Of the forward: float32 or bfloat16.")] = "float32",
     batch_size: Annotated[int, typer.Option(help="Blocks a forward.")] = 8,
+    reference_tokenizer: Annotated[
+        str | None, typer.Option(help="The reference's own tokenizer: its losses are mapped onto the corpus's tokens.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens that the reference reads at once; else a block.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Of these, read again in the next window; else half.")] = None,
+    compile: Annotated[bool, typer.Option(help="Compile the reference.")] = False,
     workers: Annotated[int, typer.Option(help="Processes: one for each accelerator, or sharing the CPU.")] = 1,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Who runs the workers.")] = "local",
     task_index: Annotated[int, typer.Option(help="Of an array job whose tasks share --out: this one's number.")] = 0,
@@ -174,6 +180,7 @@ def score(
     from rho.score import ScoreConfig, score_corpus
 
     settings = {"dtype": dtype, "precision": precision, "batch_size": batch_size}
+    settings |= {"context": context, "overlap": overlap, "compile": compile}
     config = validated(ScoreConfig, settings, "rho score")
     held_out = Corpus(target, "validation") if target else None
     task = (task_index, num_tasks)
@@ -181,7 +188,7 @@ def score(
     if api is not None:
         served = {"url": api, "model": reference, **assignments(api_setting or [], "--api-setting")}
         model = validated(ApiConfig, served, "rho score --api")
-    score_corpus(config, Corpus(corpus), model, out, held_out, engine, workers, task)
+    score_corpus(config, Corpus(corpus), model, out, held_out, reference_tokenizer, engine, workers, task)
     print(out)
 
 

@@ -11,9 +11,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rho.corpus import CorpusConfig
+from rho.engines import Engine
 from rho.errors import ConfigError
 from rho.evaluate import EvaluateConfig
 from rho.models import ModelConfig
+from rho.references.api import ApiConfig
 from rho.report.data import REFERENCE, is_reference
 from rho.runs import atomic_write
 from rho.score import ScoreConfig
@@ -48,14 +50,16 @@ class TokenizerSection(_Section):
 
 
 class ReferenceSection(_Section):
-    """A reference: trained at ratio 1.0 on the curated `corpus`, or a finished model at `path`.
+    """A reference: trained at ratio 1.0 on the curated `corpus`, a finished model at `path`, or one behind an `api`.
 
     Its training starts from the run's model, from another `model`, or from the one that the arm `after` has trained
-    (with the first seed).
+    (with the first seed). A finished one may have a `tokenizer` of its own: its losses are mapped onto the run's.
     """
 
     corpus: str | None = None
     path: str | None = None
+    api: ApiConfig | None = None
+    tokenizer: str | None = None
     model: ModelConfig | None = None
     after: str | None = None
     seed: int = 0
@@ -63,13 +67,24 @@ class ReferenceSection(_Section):
 
     @model_validator(mode="after")
     def _one_of(self) -> ReferenceSection:
-        if (self.path is None) == (self.corpus is None):
-            raise ValueError("give either 'corpus' (train the reference on it) or 'path' (a finished model)")
-        if [self.path, self.model, self.after].count(None) < 2:
+        if [self.corpus, self.path, self.api].count(None) != 2:
             raise ValueError(
-                "give one of 'path' (a finished model), 'model' and 'after' (what its training starts from)"
+                "give one of 'corpus' (train the reference on it), 'path' (a finished model) and 'api' (a served one)"
             )
+        if self.corpus is None and (self.model or self.after):
+            raise ValueError("'model' and 'after' are what a training starts from: give a 'corpus', or leave them out")
+        if self.model and self.after:
+            raise ValueError("give either 'model' or 'after' (what its training starts from)")
+        if self.corpus is not None and self.tokenizer is not None:
+            raise ValueError("'tokenizer': a reference that is trained here has the run's; leave it out")
         return self
+
+
+class ScoreSection(ScoreConfig):
+    """Settings of scoring, and who does it: see `rho.engines`."""
+
+    engine: Engine = "local"
+    workers: int = Field(1, ge=1)
 
 
 class TrainSection(_Section):
@@ -118,7 +133,7 @@ class RunConfig(_Section):
     references: dict[Name, ReferenceSection] = Field(min_length=1)
     corpus: str
     target: str
-    score: ScoreConfig = ScoreConfig()
+    score: ScoreSection = ScoreSection()
     train: TrainSection
     evaluate: EvaluateSection
 

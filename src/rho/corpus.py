@@ -335,23 +335,30 @@ class Corpus(Shards):
         names = ", ".join(dict.fromkeys(self.row(block, ("document_id",))["document_id"].tolist()))
         return f"block {block} of {self.folder / self.locate(block)[0]['file']} (documents {names})"
 
-    def check_model(self, config: Any, name: str) -> None:
+    def check_model(
+        self, config: Any, name: str, context: int | None = None, tokenizer: Tokenizer | None = None
+    ) -> None:
         """Refuse a model that can't read the corpus: too few embeddings, or positions, for it; both sides are named.
 
         Args:
             config: the model's Transformers config.
             name: of the model, for the message.
+            context: tokens that it reads at once; a block, if not given.
+            tokenizer: the model's own, where it reads the text in other tokens.
         """
-        if config.vocab_size < self.vocab_size:
+        length, vocab_size = context or self.block_length, (tokenizer or self).vocab_size
+        if config.vocab_size < vocab_size:
+            what = self.folder if tokenizer is None else "the reference's tokenizer"
             raise MismatchError(
-                f"the vocabularies differ: {self.folder} has token ids up to {self.vocab_size - 1}, model {name} "
-                f"has {config.vocab_size} embeddings. Use the model's own tokenizer, or a model with this one."
+                f"the vocabularies differ: {what} has token ids up to {vocab_size - 1}, model {name} has "
+                f"{config.vocab_size} embeddings. Use the model's own tokenizer, or a model with this one."
             )
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and positions < self.block_length:
+        most = getattr(config, "max_position_embeddings", None)
+        if most is not None and most < length:
             raise MismatchError(
-                f"{self.folder} has blocks of {self.block_length} tokens, model {name} reads at most {positions}. "
-                "Build the corpus with a smaller --block-length, or take another model."
+                f"{self.folder}: expected a model that reads {length} tokens at once, {name} reads at most {most}. "
+                "Build the corpus with a smaller --block-length, take another model, or (a reference only) have it "
+                f"read in windows with --context {most}."
             )
 
 

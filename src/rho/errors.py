@@ -13,6 +13,10 @@ class DataError(RhoError):
     """An input file or record can't be used; the message names the file and, where there is one, the line."""
 
 
+class UnscorableError(DataError):
+    """A reference can't score one text; it may well score others."""
+
+
 class MismatchError(RhoError):
     """Two artefacts don't belong together (corpus, tokenizer, scores, model); the message names both sides."""
 

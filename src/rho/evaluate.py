@@ -24,8 +24,11 @@ from rho.errors import DataError
 from rho.models import ModelConfig, check_head, check_isolation, device, make_model, source_hash
 from rho.objective import IGNORE_INDEX, excess_loss
 from rho.progress import track
+from rho.references.api import Meter
+from rho.references.model import check_tokenizer, mean_loss, score_batch
+from rho.references.scorer import as_batch
 from rho.runs import MANIFEST, Manifest, atomic_write, hash_json, open_stage, read_manifest
-from rho.score import check_tokenizer, load_reference, mean_loss, score_batch
+from rho.score import ScoreConfig, Source, identity, load_scorer
 from rho.selection import Selector
 
 
@@ -68,7 +71,7 @@ class Exploration:
     """
 
     corpus: Corpus
-    references: Mapping[str, ModelConfig]
+    references: Mapping[str, Source]
     selector: Selector
     combine: CombineReferences = "mean"
     weights: Mapping[str, float] | None = None
@@ -121,7 +124,9 @@ def evaluate(
     settings = config.model_dump()
     if explore is not None:
         inputs |= {"explore": explore.corpus.fingerprint}
-        inputs |= {f"reference:{name}": source_hash(reference) for name, reference in explore.references.items()}
+        for name, source in explore.references.items():
+            found = identity(source.reference, source.tokenizer, explore.corpus)
+            inputs |= {f"{key}:{name}": value for key, value in found.items()}
         settings |= {"selector": asdict(explore.selector), "combine": explore.combine, "weights": explore.weights}
     with open_stage(out, "evaluate", settings, inputs) as stage:
         if stage.fresh:
@@ -198,10 +203,9 @@ def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfi
     """One row a token of the first blocks: what model and reference lose, and whether it would be selected."""
     corpus = explore.corpus
     model = _load(entry, corpus)
-    wanted = ("input_ids", "document", "label", "document_id", "source")
+    wanted = ("input_ids", "document", "num_bytes", "label", "document_id", "source")
     rows = [corpus.row(block, wanted) for block in range(min(config.token_blocks, len(corpus)))]
-    inputs = [corpus.inputs(row) for row in rows]
-    batch = {name: torch.stack([one[name] for one in inputs]) for name in inputs[0]}
+    batch = as_batch(corpus, rows)
     loss = score_batch(model, batch)[0].cpu()
     columns = _reference_columns(explore, batch)
     ref_loss = columns["ref_loss"]
@@ -217,9 +221,10 @@ def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfi
 def _reference_columns(explore: Exploration, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Loss and entropy of the references, combined."""
     losses, entropies = {}, {}
-    for name, config in explore.references.items():
-        loss, entropy = score_batch(load_reference(config, explore.corpus), batch, entropy=True)
-        losses[name], entropies[name] = loss.cpu(), entropy.cpu()
+    for name, (reference, tokenizer) in explore.references.items():
+        scores = load_scorer(ScoreConfig(), reference, explore.corpus, tokenizer, Meter())(batch)
+        losses[name] = scores["ref_loss"]
+        entropies[name] = scores.get("ref_entropy", torch.full_like(losses[name], torch.nan))
     found = {"ref_loss": losses, "ref_entropy": entropies}
     return {column: combined(values, explore.combine, explore.weights) for column, values in found.items()}
 

@@ -15,7 +15,7 @@ from rho.progress import say
 from rho.report import write_report
 from rho.report.data import CONFIG, reference_folder
 from rho.runs import MANIFEST, Manifest, hash_file, is_made_from
-from rho.score import score_corpus
+from rho.score import ScoreConfig, Source, score_corpus
 from rho.store import ScoreStore
 from rho.tokenizer import Tokenizer, train_tokenizer
 from rho.train import TrainConfig, check_reference, train
@@ -100,12 +100,24 @@ class _Pipeline:
             settings = TrainConfig(seed=config.seed, arguments=config.arguments)
             train(settings, Corpus(self.corpus_folder(config.corpus)), start, self.folder / reference_folder(name))
 
-    def reference_model(self, name: str) -> ModelConfig:
-        return ModelConfig(path=self.config.references[name].path or str(self.folder / reference_folder(name)))
+    def source(self, name: str) -> Source:
+        """What scores: a reference trained here, a finished one, or one that is served."""
+        config = self.config.references[name]
+        model = ModelConfig(path=config.path or str(self.folder / reference_folder(name)))
+        return Source(config.api or model, config.tokenizer)
 
     def scores(self, name: str) -> None:
-        corpus = Corpus(self.corpus_folder(self.config.corpus))
-        score_corpus(self.config.score, corpus, self.reference_model(name), self.scores_folder(name), self.target())
+        config, source = self.config.score, self.source(name)
+        score_corpus(
+            ScoreConfig(**config.model_dump(exclude={"engine", "workers"})),
+            Corpus(self.corpus_folder(self.config.corpus)),
+            source.reference,
+            self.scores_folder(name),
+            self.target(),
+            source.tokenizer,
+            config.engine,
+            config.workers,
+        )
 
     def scores_folder(self, name: str) -> Path:
         return self.folder / "scores" / name
@@ -137,14 +149,19 @@ class _Pipeline:
         )
 
     def evaluate(self) -> None:
-        """Each reference, then every checkpoint of every arm and seed, each in a folder of its own."""
+        """Each reference, then every checkpoint of every arm and seed, each in a folder of its own.
+
+        Of a reference that is served, or has another tokenizer, the loss on the target is known, from its store.
+        """
         config = self.config.evaluate
         sets = self.sets()
         settings = EvaluateConfig(**config.model_dump(exclude={"sets", "explore"}))
-        references = {name: self.reference_model(name) for name in self.config.references}
-        for name, model in references.items():
+        references = {name: self.source(name) for name in self.config.references}
+        for name, source in references.items():
             label = reference_folder(name)
-            evaluate(settings, [finished(str(model.path), label)], sets, self.folder / "evaluate" / label)
+            if isinstance(source.reference, ModelConfig) and source.tokenizer is None:
+                model = finished(str(source.reference.path), label)
+                evaluate(settings, [model], sets, self.folder / "evaluate" / label)
         for seed in self.config.train.seeds:
             for arm in self.config.train.arms:
                 folder = self.train_folder(arm, seed)

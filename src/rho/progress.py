@@ -13,7 +13,9 @@ Advance = Callable[[int], None]
 
 
 @contextmanager
-def track(what: str, total: int | None, done: int = 0, unit: str = "tokens") -> Iterator[Advance]:
+def track(
+    what: str, total: int | None, done: int = 0, unit: str = "tokens", note: Callable[[], str] = str
+) -> Iterator[Advance]:
     """Show how `what` gets on; call the result with each finished number of units.
 
     Args:
@@ -21,14 +23,15 @@ def track(what: str, total: int | None, done: int = 0, unit: str = "tokens") -> 
         total: units in all; None where it is not known.
         done: units that an earlier, interrupted run finished.
         unit: what is counted.
+        note: gives a few words more, asked for every few seconds.
     """
     show = _bar if sys.stderr.isatty() else _lines
-    with show(what, total, done, unit) as advance:
+    with show(what, total, done, unit, note) as advance:
         yield advance
 
 
 @contextmanager
-def _bar(what: str, total: int | None, done: int, unit: str) -> Iterator[Advance]:
+def _bar(what: str, total: int | None, done: int, unit: str, note: Callable[[], str]) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -38,21 +41,26 @@ def _bar(what: str, total: int | None, done: int, unit: str) -> Iterator[Advance
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=total, completed=done, rate="")
-        started, since = time.monotonic(), 0
+        task = progress.add_task(what, total=total, completed=done, rate="", note="")
+        started = last = time.monotonic()
+        since = 0
 
         def advance(units: int) -> None:
-            nonlocal since
+            nonlocal since, last
             since += units
             progress.update(task, advance=units, rate=f"{_rate(since, started):,.0f} {unit}/s")
+            if time.monotonic() - last >= LINE_SECONDS:
+                last = time.monotonic()
+                progress.update(task, note=note())
 
         yield advance
 
 
 @contextmanager
-def _lines(what: str, total: int | None, done: int, unit: str) -> Iterator[Advance]:
+def _lines(what: str, total: int | None, done: int, unit: str, note: Callable[[], str]) -> Iterator[Advance]:
     started = last = time.monotonic()
     since = 0
     say(f"{what} ...")
@@ -63,11 +71,13 @@ def _lines(what: str, total: int | None, done: int, unit: str) -> Iterator[Advan
         now = time.monotonic()
         if now - last >= LINE_SECONDS:
             last = now
-            say(f"{what}: {_amount(done + since, total, unit)}, {_left(since, started, total, done, unit)}")
+            parts = (_amount(done + since, total, unit), _left(since, started, total, done, unit), note())
+            say(f"{what}: {', '.join(filter(None, parts))}")
 
     yield advance
-    seconds = time.monotonic() - started
-    say(f"{what}: done, {done + since:,} {unit}, {_rate(since, started):,.0f} {unit}/s, {seconds:.1f} s")
+    rate, seconds = f"{_rate(since, started):,.0f} {unit}/s", f"{time.monotonic() - started:.1f} s"
+    parts = ("done", f"{done + since:,} {unit}", rate, seconds, note())
+    say(f"{what}: {', '.join(filter(None, parts))}")
 
 
 def say(line: str) -> None:

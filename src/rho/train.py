@@ -37,8 +37,8 @@ from rho.models import (
     with_lora,
 )
 from rho.progress import say
+from rho.references.model import check_tokenizer, mean_loss
 from rho.runs import Manifest, atomic_write, environment, open_stage
-from rho.score import check_tokenizer, mean_loss
 from rho.selection import Combine, Schedule, Scope, Score, Selector, Weighting
 from rho.store import ScoreStore
 from rho.trainer import SelectiveTrainer

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -136,58 +137,25 @@ def _partners(ref_spans_M2: np.ndarray, group_M: np.ndarray, spans_T2: np.ndarra
     return partner_T
 
 
-def text_losses(
-    text: str,
-    spans_T2: np.ndarray,
-    tokenizer: Tokenizer,
-    score: Callable[[np.ndarray], np.ndarray],
-    *,
-    ended: bool = False,
-) -> np.ndarray:
-    """The reference's loss of each of the model's tokens in a text: read by its own tokenizer, scored, mapped back.
-
-        text -- tokenizer --> ids_M -- score --> loss_M -- map_losses --> loss_T
-
-    Args:
-        text: a document, or a stretch of one.
-        spans_T2: start and end of the model's tokens in bytes of the text (`byte_spans`, `recover_text`).
-        tokenizer: the reference's.
-        score: ids_M (int32) -> loss_M (nats, index m is token m's, NaN where it has none). Whatever the reference wants
-            before the text, a beginning-of-text token say, is its own affair and not in what it returns. Not called
-            with no ids.
-        ended: the document ends here and the model's last token is its end token, so the reference reads its own too.
-
-    Returns:
-        loss_T, float32.
-
-    Raises:
-        ValueError: a span reaches beyond the text, or `score` gives another number of losses than it got ids.
-    """
-    size = len(text.encode())
-    if np.max(spans_T2, initial=0) > size:
-        raise ValueError(f"found a token that ends at byte {np.max(spans_T2)} of a text of {size} bytes")
-    ids_M, ref_spans_M2 = byte_spans(tokenizer, text)
-    if ended:
-        ids_M = np.append(ids_M, np.int32(tokenizer.eos_id))
-        ref_spans_M2 = np.concatenate([ref_spans_M2, [[size, size]]])
-    return map_losses(score(ids_M) if len(ids_M) else np.zeros(0), ref_spans_M2, spans_T2)
-
-
-def byte_spans(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
+def byte_spans(tokenizer: Tokenizer, text: str, ended: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """A text's ids_T (int32, no special tokens added) and the bytes of its UTF-8 that each stands for, spans_T2.
 
     Exact with a byte-level tokenizer that changes nothing in the text. Others know characters only: tokens that share
-    one all have its span.
+    one all have its span. With `ended` the document ends here, and the tokenizer's end token follows.
     """
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     ids_T = np.asarray(encoding.ids, np.int32)
     raw = text.encode()
-    if _is_byte_level(tokenizer):
-        pieces = spelled(tokenizer, encoding.ids)
-        if b"".join(pieces) == raw:
-            return ids_T, _laid_end_to_end(pieces)
-    starts = np.flatnonzero((np.frombuffer(raw, np.uint8) & 0xC0) != 0x80)  # bytes that start a character
-    return ids_T, np.append(starts, len(raw))[np.asarray(encoding.offsets, np.int64).reshape(-1, 2)]
+    pieces = spelled(tokenizer, encoding.ids) if _is_byte_level(tokenizer) else []
+    if b"".join(pieces) == raw:
+        spans_T2 = _laid_end_to_end(pieces)
+    else:
+        starts = np.flatnonzero((np.frombuffer(raw, np.uint8) & 0xC0) != 0x80)  # bytes that start a character
+        spans_T2 = np.append(starts, len(raw))[np.asarray(encoding.offsets, np.int64).reshape(-1, 2)]
+    if ended:
+        ids_T = np.append(ids_T, np.int32(tokenizer.eos_id))
+        spans_T2 = np.concatenate([spans_T2, [[len(raw)] * 2]])
+    return ids_T, spans_T2
 
 
 def recover_text(tokenizer: Tokenizer, ids_T: np.ndarray, num_bytes_T: np.ndarray) -> tuple[str, np.ndarray]:
@@ -255,6 +223,13 @@ def spelled(tokenizer: Tokenizer, ids_T: Sequence[int] | np.ndarray) -> list[byt
     Byte pieces are the bytes themselves, "▁cat" and WordPiece's "cat" are " cat", "##s" is "s", special tokens are
     their names.
     """
+    spell = _speller(tokenizer)
+    return [spell(int(i)) for i in ids_T]
+
+
+@lru_cache(maxsize=8)
+def _speller(tokenizer: Tokenizer) -> Callable[[int], bytes]:
+    """The bytes of a token by its id, remembered."""
     backend = tokenizer.backend
     decoder = backend.decoder
     # Decoders treat the first and the last token of a text in their own ways, so each stands between two others.
@@ -262,6 +237,7 @@ def spelled(tokenizer: Tokenizer, ids_T: Sequence[int] | np.ndarray) -> list[byt
     byte_level = _is_byte_level(tokenizer)
     added = backend.get_added_tokens_decoder().keys()  # written as they are
 
+    @cache
     def spell(token_id: int) -> bytes:
         token = backend.id_to_token(token_id)
         if token is None:  # a vocabulary with holes
@@ -275,11 +251,10 @@ def spelled(tokenizer: Tokenizer, ids_T: Sequence[int] | np.ndarray) -> list[byt
             return f" {token}".encode()
         return str(decoder.decode(["a", token, "a"])[1:-1]).removesuffix(joint).encode()
 
-    ids = [int(i) for i in ids_T]
-    bytes_of = {i: spell(i) for i in set(ids)}
-    return [bytes_of[i] for i in ids]
+    return spell
 
 
+@lru_cache(maxsize=8)
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
     """Whether its tokens are written in the byte-level alphabet."""
     parts = (tokenizer.backend.pre_tokenizer, tokenizer.backend.decoder)

@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from rho.errors import ConfigError, DataError, MismatchError, RhoError
+from rho.errors import ConfigError, DataError, MismatchError, RhoError, UnscorableError
 from rho.references.answers import read_models, read_sglang, read_vllm, token_losses
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "RHO_API_KEY"
 LONGEST_BACKOFF = 60.0  # seconds
+OF_THE_TEXT = (400, 413, 422, 500)  # statuses that a server may give to one text, and not to others
 QUOTED = 300  # characters of a server's words in a message
 PROBE_PROMPT = tuple(range(10, 34))  # ids that every vocabulary has
 PROBE_TOLERANCE = 1e-3  # nats between scores of the same tokens in two requests
@@ -55,6 +56,7 @@ class ApiConfig(BaseModel):
         max_seconds: no new attempt at a request is made later than this after its first.
         backoff_seconds: scale of the random, exponentially growing wait between attempts.
         requests_per_second: limit, repeated attempts included; None is no limit.
+        price: of a million tokens sent, in any currency: the progress tells what was spent.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,6 +70,19 @@ class ApiConfig(BaseModel):
     max_seconds: float = Field(600.0, gt=0)
     backoff_seconds: float = Field(1.0, ge=0)
     requests_per_second: float | None = Field(None, gt=0)
+    price: float | None = Field(None, ge=0)
+
+
+class Meter:
+    """Counts the tokens that are sent, every attempt, until somebody takes the count."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def take(self) -> int:
+        """The tokens since the last time."""
+        taken, self.tokens = self.tokens, 0
+        return taken
 
 
 class ApiReference:
@@ -79,7 +94,7 @@ class ApiReference:
         window: most tokens that one request may hold; None until the server was asked, and where it does not say.
     """
 
-    def __init__(self, config: ApiConfig) -> None:
+    def __init__(self, config: ApiConfig, meter: Meter | None = None) -> None:
         """Nothing is sent yet.
 
         Raises:
@@ -89,6 +104,7 @@ class ApiReference:
         _check_url(config.url)
         _check_key()
         self.config = config
+        self.meter = meter or Meter()
         self.url = config.url.rstrip("/")
         self.window: int | None = None
         self._probed = False
@@ -106,7 +122,8 @@ class ApiReference:
 
         Raises:
             ConfigError: the server wants another key.
-            DataError: it gave no usable answer in the attempts and the time allowed.
+            DataError: it gave no answer in the attempts and the time allowed.
+            UnscorableError: it answers, but has no usable scores of a text.
             MismatchError: a text is longer than the server reads, or the probe failed.
         """
         if not self._probed:
@@ -117,11 +134,11 @@ class ApiReference:
         if self.window is not None and longest > self.window:
             raise MismatchError(
                 f"{self.url}: {self.config.model} scores at most {self.window} tokens a request (one less than its "
-                f"max_model_len), the corpus has texts of {longest}. Build the corpus with a smaller --block-length, "
-                "or start the server with a larger window."
+                f"max_model_len), the corpus has texts of {longest}. Have them read in windows with "
+                f"--context {self.window}, or start the server with a larger window."
             )
         loss_BT = torch.full(input_ids_BT.shape, torch.nan, dtype=torch.float32)
-        scored = asyncio.run(self._score_all(texts, DataError))
+        scored = asyncio.run(self._score_all(texts, UnscorableError))
         for (row, start, stop), losses in zip(spans, scored, strict=True):
             loss_BT[row, start:stop] = torch.tensor(losses, dtype=torch.float32)
         return loss_BT
@@ -241,6 +258,7 @@ class ApiReference:
         method = "GET" if asked is None else "POST"
         try:
             async with asyncio.timeout(self.config.timeout_seconds):
+                self.meter.tokens += len(asked.get("prompt", asked.get("input_ids", ()))) if asked else 0
                 response = await client.request(method, self.url + path, json=asked)
         except TimeoutError:
             return _Fault(f"no answer within {self.config.timeout_seconds:g} s", error=DataError)
@@ -292,7 +310,8 @@ def _refused(response: httpx.Response) -> _Fault:
         advice = f"Set the environment variable {KEY_VARIABLE} to a key that this server takes."
         return _Fault(found, transient=False, error=ConfigError, advice=advice)
     transient = status in (408, 429) or status >= 500
-    return _Fault(found, transient, _retry_after(response.headers.get("Retry-After", "")), DataError)
+    error = None if status in OF_THE_TEXT else DataError
+    return _Fault(found, transient, _retry_after(response.headers.get("Retry-After", "")), error)
 
 
 def _retry_after(header: str) -> float:

@@ -1,0 +1,110 @@
+"""A reference that is a Transformers model on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rho.corpus import Corpus
+from rho.errors import ConfigError, MismatchError
+from rho.linear_loss import linear_token_loss
+from rho.models import (
+    ModelConfig,
+    Precision,
+    check_head,
+    check_isolation,
+    device,
+    head,
+    hidden_states,
+    make_model,
+    model_folder,
+    model_name,
+)
+from rho.objective import predictors, token_labels
+from rho.references.scorer import MeanLoss, mean_of
+from rho.tokenizer import Tokenizer
+
+
+def load_reference(
+    reference: ModelConfig,
+    corpus: Corpus,
+    precision: Precision = "float32",
+    context: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> PreTrainedModel:
+    """The reference in eval mode, frozen, checked against what it is to read.
+
+    Args:
+        reference: where it is.
+        corpus: what it scores.
+        precision: of its weights and its forward.
+        context: tokens that it is given at once; a whole block, if not given.
+        tokenizer: its own, where it doesn't read the corpus's tokens.
+
+    Raises:
+        MismatchError: another tokenizer, too few embeddings or positions, or a kind of model that can't be scored with.
+    """
+    model = make_model(reference, (tokenizer or corpus).vocab_size, precision=precision)
+    corpus.check_model(model.config, model_name(reference), context, tokenizer)
+    check_tokenizer(reference, corpus, tokenizer)
+    check_head(model)
+    check_isolation(model, corpus.isolated)
+    return model.to(device()).eval().requires_grad_(False)
+
+
+def check_tokenizer(model: ModelConfig, corpus: Corpus, tokenizer: Tokenizer | None = None) -> None:
+    """Refuse a model that comes with another tokenizer than the corpus's, or than it is said to have, naming both."""
+    if model.path is None:
+        return
+    folder = Path(model_folder(model.path))
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        return  # comes without a tokenizer (the library would make one up): the vocabulary check is all there is
+    expected = tokenizer or corpus.tokenizer
+    try:
+        own = Tokenizer.load(folder if folder.is_dir() else model.path, expected.eos)
+    except ConfigError:
+        return
+    if own.fingerprint == expected.fingerprint:
+        return
+    if tokenizer is None:
+        what = f"{corpus.folder} was made with"
+        advice = (
+            f"Build the corpus with --tokenizer {model.path}, take another model, or (a reference only) have its "
+            f"losses mapped onto the corpus's tokens with --reference-tokenizer {model.path}."
+        )
+    else:
+        what, advice = "the reference is said to read", f"Give --reference-tokenizer {model.path}."
+    raise MismatchError(
+        f"the tokenizers differ: {what} {expected.fingerprint[:12]} (vocabulary {expected.vocab_size}), {model.path} "
+        f"comes with {own.fingerprint[:12]} (vocabulary {own.vocab_size}). {advice}"
+    )
+
+
+@torch.no_grad()
+def score_batch(model: PreTrainedModel, batch: dict[str, Tensor], entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """loss_BT (Eq. 1) and entropy_BT (Eq. 8; NaN unless asked for), nats, NaN where a token has no score.
+
+    Every token is scored that has a predecessor in its window, special tokens too. The head's logits exist only for
+    a chunk of rows at a time.
+    """
+    where = next(model.parameters()).device
+    input_ids, position_ids = batch["input_ids"].to(where), batch["position_ids"].to(where)
+    labels = token_labels(input_ids, position_ids)
+    hidden = predictors(hidden_states(model, input_ids, position_ids)).flatten(0, 1)
+    weight, bias = head(model)
+    loss, entropies = linear_token_loss(hidden, weight, labels.flatten(), bias, entropy=entropy)
+    if entropies is None:
+        entropies = torch.full_like(loss, torch.nan)
+    return loss.view_as(labels), entropies.view_as(labels)
+
+
+def mean_loss(model: PreTrainedModel, corpus: Corpus, batch_size: int = 8) -> MeanLoss:
+    """The model's loss on all labelled tokens of one split of a corpus."""
+    was_training = model.training
+    model.eval()
+    found = mean_of(lambda batch: {"ref_loss": score_batch(model, batch)[0].cpu()}, corpus, batch_size)
+    model.train(was_training)
+    return found
