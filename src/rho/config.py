@@ -53,7 +53,7 @@ class ReferenceSection(_Section):
     """A reference: trained at ratio 1.0 on the curated `corpus`, a finished model at `path`, or one behind an `api`.
 
     Its training starts from the run's model, from another `model`, or from the one that the arm `after` has trained
-    (with the first seed). A finished one may have a `tokenizer` of its own: its losses are mapped onto the run's.
+    (with the first seed). It may have a `tokenizer` of its own: its losses are mapped onto the run's tokens.
     """
 
     corpus: str | None = None
@@ -75,8 +75,6 @@ class ReferenceSection(_Section):
             raise ValueError("'model' and 'after' are what a training starts from: give a 'corpus', or leave them out")
         if self.model and self.after:
             raise ValueError("give either 'model' or 'after' (what its training starts from)")
-        if self.corpus is not None and self.tokenizer is not None:
-            raise ValueError("'tokenizer': a reference that is trained here has the run's; leave it out")
         return self
 
 

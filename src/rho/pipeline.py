@@ -97,8 +97,12 @@ class _Pipeline:
             start = config.model or self.config.model
             if config.after is not None:
                 start = ModelConfig(path=str(self.train_folder(config.after, self.config.train.seeds[0])))
+            curated = self.corpus_folder(config.corpus)
+            if config.tokenizer is not None:
+                curated = self.folder / "reference_corpus" / name
+                build_corpus(self.config.corpora[config.corpus], Tokenizer.load(config.tokenizer), curated)
             settings = TrainConfig(seed=config.seed, arguments=config.arguments)
-            train(settings, Corpus(self.corpus_folder(config.corpus)), start, self.folder / reference_folder(name))
+            train(settings, Corpus(curated), start, self.folder / reference_folder(name))
 
     def source(self, name: str) -> Source:
         """What scores: a reference trained here, a finished one, or one that is served."""
