@@ -29,8 +29,8 @@ import pytest
 import torch
 
 import rho.references.api
-from rho.errors import ConfigError, DataError, MismatchError, RhoError
-from rho.references.api import KEY_VARIABLE, ApiConfig, ApiReference, _retry_after
+from rho.errors import ConfigError, DataError, MismatchError, RhoError, UnscorableError
+from rho.references.api import KEY_VARIABLE, ApiConfig, ApiReference, Meter, _retry_after
 
 MODEL = "org/reference"
 SECRET = 'sk-1/very"secret'
@@ -337,7 +337,7 @@ def test_requests_are_under_way_together_but_not_more_than_allowed(stub: Stub) -
 
 
 def test_requests_keep_to_the_rate_repeated_ones_too(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, waits, sleep = probed(stub, concurrency=20), [], asyncio.sleep
+    made, waits, sleep = probed(stub, concurrency=20, max_attempts=20), [], asyncio.sleep
     made.config = made.config.model_copy(update={"requests_per_second": 0.1})
 
     async def count(seconds: float) -> None:
@@ -431,12 +431,31 @@ def test_faults_mixed_at_random_never_give_a_wrong_score(stub: Stub, kind: str, 
     assert 60 < len(stub.texts) < 120
 
 
-def test_with_one_text_beyond_saving_all_ends_in_an_error(stub: Stub) -> None:
+def test_one_text_beyond_saving_is_told_from_a_server_that_is(stub: Stub) -> None:
     made, (ids, positions) = probed(stub), batch(30)
-    stub.fault = lambda number, asked: "NaN" if asked == ids[7].tolist() else None
-    with pytest.raises(DataError, match="finite number"):
-        made.score(ids, positions)
-    assert stub.texts.count(ids[7].tolist()) == 4
+    for fault in ("NaN", "500"):
+        stub.fault = lambda number, asked, fault=fault: fault if asked == ids[7].tolist() else None
+        with pytest.raises(UnscorableError, match=r"finite number|HTTP 500"):
+            made.score(ids, positions)
+    assert stub.texts.count(ids[7].tolist()) == 4 + 4
+    made.config = made.config.model_copy(update={"max_seconds": 0.01})
+    for fault in ("429", "hung up"):
+        stub.fault = lambda number, asked, fault=fault: fault
+        with pytest.raises(DataError) as caught:
+            made.score(*batch(1))
+        assert not isinstance(caught.value, UnscorableError)
+
+
+def test_the_meter_counts_the_tokens_of_every_attempt(stub: Stub) -> None:
+    meter = Meter()
+    made = reference(stub.url)
+    made.meter = meter
+    made.probe()
+    assert meter.take() == sum(map(len, stub.texts)) > 0
+    before = len(stub.texts)
+    stub.fault = lambda number, ids: "500" if number == before else None
+    check(made, *batch(3))
+    assert meter.take() == 4 * 9 and meter.take() == 0
 
 
 def test_a_server_that_was_down_and_comes_up_again_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +487,7 @@ def test_a_server_that_stays_down_is_a_clear_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "error"), [(400, DataError), (404, DataError), (401, ConfigError), (403, ConfigError)]
+    ("status", "error"), [(400, UnscorableError), (404, DataError), (401, ConfigError), (403, ConfigError)]
 )
 def test_what_another_attempt_can_not_mend_is_not_tried_again(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, status: int, error: type[RhoError]
@@ -476,8 +495,9 @@ def test_what_another_attempt_can_not_mend_is_not_tried_again(
     made = probed(stub)
     monkeypatch.setitem(TRANSPORT_FAULTS, "refused", lambda handler, body: handler.send(b"why: \x1b[31mno", status))
     stub.fault = lambda number, ids: "refused"
-    with pytest.raises(error, match=rf"{stub.url}.*HTTP {status} why: \[31mno \(1 attempt\)"):
+    with pytest.raises(error, match=rf"{stub.url}.*HTTP {status} why: \[31mno \(1 attempt\)") as caught:
         made.score(*batch(1))
+    assert type(caught.value) is error
     assert len(stub.texts) == 1
 
 

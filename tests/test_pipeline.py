@@ -147,7 +147,8 @@ DEMO_DATA = ROOT / ".." / "shared" / "data" / "demo"
 
 @pytest.mark.skipif(not DEMO_DATA.is_dir(), reason="the recipes' texts (../shared/data/demo) are not here")
 @pytest.mark.parametrize(
-    "name", ["math-demo", "self-reference", "weak-to-strong", "iterated-reference", "selection-rules", "cross-tokenizer"]
+    "name",
+    ["math-demo", "self-reference", "weak-to-strong", "iterated-reference", "selection-rules", "cross-tokenizer"],
 )
 def test_a_recipe_runs(tmp_path, monkeypatch, name):
     """With small models, little text and two steps; that its settings go together is what is seen here."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import rho.score
 from rho.corpus import Corpus, CorpusConfig, build_corpus
-from rho.errors import DataError, MismatchError
+from rho.errors import DataError, MismatchError, UnscorableError
 from rho.models import ModelConfig, make_model, save_model
 from rho.objective import IGNORE_INDEX, token_entropy, token_labels, token_loss
 from rho.references.api import ApiConfig, ApiReference
@@ -203,6 +203,62 @@ def test_a_block_without_a_score_is_put_into_quarantine_and_too_many_end_the_job
     scored()
     assert ScoreStore(tmp_path).shards[1]["quarantined"] == 0
     assert not np.isnan(ScoreStore(tmp_path).row(43, ("ref_loss",))["ref_loss"][1:]).any()
+
+
+def test_a_text_that_a_server_refuses_is_put_into_quarantine_alone(
+    corpus: Path, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, text = ScoreStore(scores), Corpus(corpus)
+    blocks = [text.row(block, ("input_ids",))["input_ids"] for block in range(len(text))]
+    bad = max(range(40, 80), key=lambda block: -sum(np.array_equal(blocks[block], other) for other in blocks))
+    refused = blocks[bad]  # one that stands there once
+
+    of_ids = {ids.tobytes(): known.row(block, ("ref_loss",))["ref_loss"] for block, ids in enumerate(blocks)}
+
+    def served(self: ApiReference, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor) -> torch.Tensor:
+        rows = [ids.numpy().astype(refused.dtype).tobytes() for ids in input_ids_BT]
+        if refused.tobytes() in rows:
+            raise UnscorableError("HTTP 400 no such text")
+        self.meter.tokens += input_ids_BT.numel()
+        return torch.from_numpy(np.stack([of_ids[row] for row in rows]))
+
+    monkeypatch.setattr(ApiReference, "probe", lambda self: None)
+    monkeypatch.setattr(ApiReference, "score", served)
+    api = ApiConfig(url="http://127.0.0.1:1", model="served", price=2.0)
+    score_corpus(ScoreConfig(dtype="float32"), text, api, tmp_path)
+    store = ScoreStore(tmp_path)
+    for block in range(len(store)):
+        expected = known.row(block, ("ref_loss",))["ref_loss"]
+        expected = np.full_like(expected, np.nan) if block == bad else expected
+        np.testing.assert_array_equal(store.row(block, ("ref_loss",))["ref_loss"], expected)
+    [listed] = json.loads((tmp_path / "train-00001.quarantine.json").read_text())
+    assert (listed["block"], listed["tokens"], listed["reason"]) == (bad, [*range(1, 16)], "HTTP 400 no such text")
+
+
+def test_bad_documents_are_scored_or_listed_and_never_stop_a_job(
+    reference: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    good = "The cats sat on the mat. "
+    lines = [
+        json.dumps({"text": text}).encode()
+        for text in (good * 4, "", "a", good * 4000, "<|endoftext|>" * 20, "\ud800 surrogate", good)
+    ]
+    lines.insert(3, b'{"text": "not UTF-8: \xff"}')
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    settings = CorpusConfig(sources=[str(tmp_path / "bad.jsonl")], block_length=16, shard_blocks=1000)
+    with pytest.raises(DataError, match=r"bad.jsonl:4: expected UTF-8.*--skip-bad-records"):
+        build_corpus(settings, Tokenizer.load(tokenizer_folder), tmp_path / "corpus")
+    passing = settings.model_copy(update={"skip_bad_records": True})  # the same folder goes on
+    made = build_corpus(passing, Tokenizer.load(tokenizer_folder), tmp_path / "corpus")
+    listed = json.loads((tmp_path / "corpus" / "skipped.json").read_text())
+    assert [Path(entry["where"]).name for entry in listed] == ["bad.jsonl:4", "bad.jsonl:7"]
+    assert "UTF-8" in listed[0]["reason"] and "lone surrogate" in listed[1]["reason"]
+    assert made.facts["splits"]["train"]["documents"] == 5 and made.facts["splits"]["train"]["empty_documents"] == 1
+    score_corpus(ScoreConfig(), Corpus(tmp_path / "corpus"), ModelConfig(path=str(reference)), tmp_path / "scores")
+    store = ScoreStore(tmp_path / "scores")
+    assert sum(shard["quarantined"] for shard in store.shards) == 0
+    for block in range(len(store)):
+        assert np.isfinite(store.row(block, ("ref_loss",))["ref_loss"][1:]).all()
 
 
 def test_a_set_without_any_labelled_token_is_an_error(reference: Path, tokenizer_folder: Path, tmp_path: Path) -> None:

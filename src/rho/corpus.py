@@ -79,7 +79,9 @@ def build_corpus(config: CorpusConfig, tokenizer: Tokenizer, out: str | os.PathL
         DataError: unreadable input (see `rho.sources`), or less text than one block.
     """
     inputs = {"tokenizer": tokenizer.fingerprint, **source_hashes(config.sources)}
-    with open_stage(out, "corpus", config.model_dump(), inputs) as stage:
+    # What becomes of a bad record may be decided when there is one: what was built before it is kept.
+    settings = config.model_dump(exclude={"skip_bad_records"})
+    with open_stage(out, "corpus", settings, inputs) as stage:
         if stage.fresh:
             return stage.manifest
         build = _Build(config, stage)

@@ -310,7 +310,7 @@ def _refused(response: httpx.Response) -> _Fault:
         advice = f"Set the environment variable {KEY_VARIABLE} to a key that this server takes."
         return _Fault(found, transient=False, error=ConfigError, advice=advice)
     transient = status in (408, 429) or status >= 500
-    error = None if status in OF_THE_TEXT else DataError
+    error = UnscorableError if status in OF_THE_TEXT else DataError
     return _Fault(found, transient, _retry_after(response.headers.get("Retry-After", "")), error)
 
 

@@ -48,8 +48,8 @@ def load_reference(
         MismatchError: another tokenizer, too few embeddings or positions, or a kind of model that can't be scored with.
     """
     model = make_model(reference, (tokenizer or corpus).vocab_size, precision=precision)
-    corpus.check_model(model.config, model_name(reference), context, tokenizer)
     check_tokenizer(reference, corpus, tokenizer)
+    corpus.check_model(model.config, model_name(reference), context, tokenizer)
     check_head(model)
     check_isolation(model, corpus.isolated)
     return model.to(device()).eval().requires_grad_(False)

@@ -3,7 +3,7 @@
     tokens       t0 t1 t2 t3 t4 t5 t6        7 tokens, context 4, overlap 2
     window 1     t0 t1 t2 t3                 scores t1 t2 t3
     window 2           t2 t3 t4 t5           reads t2 t3 again, scores t4 t5
-    window 3              t3 t4 t5 t6        the last one is moved back to be full, scores t6
+    window 3                 t4 t5 t6        scores t6
 
 Each token that has a predecessor (the first of a block, or of an isolated document, has none) is scored exactly once,
 with at least `overlap` tokens of context or all that there are.
@@ -39,7 +39,7 @@ def windows(length: int, context: int, overlap: int) -> Iterator[tuple[int, int,
     start = done = 0
     while done < length:
         stop = min(start + context, length)
-        yield max(stop - context, 0), done, stop
+        yield start, done, stop
         start, done = stop - overlap, stop
 
 
