@@ -119,7 +119,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Commit this manifest to `folder`."""
-        write_json(folder / MANIFEST, {"format": FORMAT, "fingerprint": self.fingerprint, **vars(self)})
+        value = {"format": FORMAT, "fingerprint": self.fingerprint, **vars(self)}
+        write_json(folder / MANIFEST, {**value, "sha256": hash_json(value)})
 
 
 def read_manifest(folder: str | os.PathLike[str], stage: str | None = None) -> Manifest:
@@ -142,6 +143,8 @@ def load_manifest(folder: Path) -> Manifest | None:
         return None
     try:
         value = json.loads(path.read_bytes())
+        checksum = value.pop("sha256", None)  # of what the fingerprint leaves out, too; others need not write it
+        unchanged = checksum in (None, hash_json(value))
         fingerprint = value.pop("fingerprint")
         version = value.pop("format")
         if version != FORMAT:
@@ -149,7 +152,7 @@ def load_manifest(folder: Path) -> Manifest | None:
         manifest = Manifest(**value)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: damaged manifest ({error}). Restore it or remove the folder and rerun.") from error
-    if manifest.fingerprint != fingerprint:
+    if manifest.fingerprint != fingerprint or not unchanged:
         raise DataError(f"{path}: the content does not match its own fingerprint. Restore it or remove the folder.")
     return manifest
 
