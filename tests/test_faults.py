@@ -1,19 +1,31 @@
-"""Damaged, swapped and foreign stores are noticed before anything of them is used."""
+"""Damaged, swapped and foreign stores are noticed before anything of them is used; a failing disk is one message."""
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import re
+import resource
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+import rho.score
+import rho.store
+from rho import cli, runs
 from rho.corpus import Corpus, CorpusConfig, build_corpus
 from rho.data import TrainingBlocks
+from rho.engines import Work, run_workers
 from rho.errors import MismatchError, RhoError
 from rho.models import ModelConfig, make_model, save_model
 from rho.runs import MANIFEST
@@ -134,3 +146,125 @@ def test_a_store_of_another_reference_is_not_taken_for_fresh(
     copy = shutil.copytree(stores["other"], tmp_path / "copy")
     with pytest.raises(MismatchError, match=rf"{copy}: was made otherwise\. inputs\.reference"):
         score_corpus(ScoreConfig(), text, ModelConfig(path=str(reference)), copy)
+
+
+# A disk that fails while a store is made
+
+
+@contextmanager
+def full(out: Path) -> Iterator[None]:
+    """No space left for the second shard."""
+    partial = out / f".{SHARDS[1]}.partial"
+    if not partial.is_symlink():
+        partial.symlink_to("/dev/full")
+    yield
+
+
+@contextmanager
+def after_one_shard(fault: Callable[[], None]) -> Iterator[None]:
+    real = rho.store.atomic_write
+
+    def fail_and_write(path: Path) -> AbstractContextManager[Any]:
+        if path.name == SHARDS[1]:
+            fault()
+        return real(path)
+
+    with mock.patch.object(rho.store, "atomic_write", fail_and_write):
+        yield
+
+
+@contextmanager
+def read_only(out: Path) -> Iterator[None]:
+    """Nothing can be opened for writing any more."""
+    real, real_low = open, os.open
+
+    def refuse(path: Any, writes: bool) -> None:
+        if writes and str(path).startswith(str(out)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def opened(path: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
+        refuse(path, "w" in mode)
+        return real(path, mode, *more, **options)
+
+    def opened_low(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        refuse(path, bool(flags & (os.O_WRONLY | os.O_RDWR)))
+        return real_low(path, flags, *more, **options)
+
+    def remounted() -> None:
+        runs.open = opened
+        os.open = opened_low
+
+    with after_one_shard(remounted):
+        yield
+    os.open = real_low
+    vars(runs).pop("open", None)
+
+
+@contextmanager
+def no_descriptors(out: Path) -> Iterator[None]:
+    """Nothing can be opened any more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def used_up() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+
+    with after_one_shard(used_up):
+        yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+Fault = Callable[[Path], AbstractContextManager[None]]
+FAULTS = {full: errno.ENOSPC, read_only: errno.EROFS, no_descriptors: errno.EMFILE}
+
+
+@dataclass
+class InWorker:
+    """The fault in each worker process."""
+
+    fault: Fault
+    out: Path
+    work: Work
+
+    def __call__(self, number: int) -> None:
+        with self.fault(self.out):
+            self.work(number)
+
+
+@pytest.fixture
+def score(text: Corpus, reference: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Any:
+    """Run `rho score` in this process: its exit code and what it told."""
+
+    def run(out: Path, workers: int) -> tuple[int, str]:
+        arguments = ["--corpus", text.folder, "--reference", reference, "--out", out, "--workers", workers]
+        monkeypatch.setattr(sys, "argv", ["rho", "score", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        return int(exit_.value.code or 0), capfd.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_failing_disk_is_one_message_that_names_the_file_and_a_rerun_ends_in_the_same_bytes(
+    fault: Fault, workers: int, score: Any, stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if workers == 1:
+        with fault(out):
+            code, told = score(out, 1)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                rho.score, "run_workers", lambda e, work, n, p: run_workers(e, InWorker(fault, out, work), n, p)
+            )
+            code, told = score(out, 2)
+    assert code == 1 and "Traceback" not in told and "starting another" not in told
+    message = told.partition("error: ")[2]
+    assert re.match(rf"{out}/.*{SHARDS[1]}.*{os.strerror(FAULTS[fault])}.*run the same command again", message)
+    assert message.count("\n") == 1
+    assert score(out, workers)[0] == 0
+    for shard in SHARDS:
+        assert (out / shard).read_bytes() == (stores["one"] / shard).read_bytes()
+    assert runs.read_manifest(out).fingerprint == runs.read_manifest(stores["one"]).fingerprint
