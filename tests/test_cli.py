@@ -431,6 +431,14 @@ def test_a_full_disk_is_reported_and_a_rerun_goes_on(rho, failure, make_corpus, 
     }
 
 
+def test_a_file_that_the_system_refuses_is_one_message(failure, train, monkeypatch):
+    def refuse(folder, split="train"):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), f"{folder}/manifest.json")
+
+    monkeypatch.setattr(corpus_module, "Corpus", refuse)
+    assert "/manifest.json: Too many open files. What was finished is kept" in failure(*train)
+
+
 def test_ctrl_c_ends_with_code_130_and_a_rerun_goes_on(rho, scores, corpus, reference, tmp_path, monkeypatch):
     command = ["score", "--corpus", corpus, "--reference", reference, "--target", corpus, "--dtype", "float32"]
     command += ["--out", tmp_path / "scores"]

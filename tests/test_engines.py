@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 from rho.corpus import Corpus
-from rho.errors import ConfigError, DataError, MismatchError
+from rho.engines import run_workers
+from rho.errors import ConfigError, DataError, MismatchError, RhoError
 from rho.models import ModelConfig, make_model, save_model
 from rho.runs import read_manifest
 from rho.score import ScoreConfig, score_corpus
@@ -76,6 +78,35 @@ def test_a_lost_worker_is_replaced(
     killer.join()
     assert "ended with -9, starting another" in capsys.readouterr().err
     assert content(tmp_path / "store") == content(alone)
+
+
+def test_a_worker_that_stands_still_for_a_while_is_waited_for(
+    alone: Path, corpus: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def stop_one_until_the_other_has_done_the_rest() -> None:
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.001)
+        os.kill(children[0].pid, signal.SIGSTOP)
+        while len(list((tmp_path / "store").glob("*.parquet"))) < len(content(alone)) - 2:
+            time.sleep(0.01)
+        os.kill(children[0].pid, signal.SIGCONT)
+
+    stopper = threading.Thread(target=stop_one_until_the_other_has_done_the_rest)
+    stopper.start()
+    score(corpus, reference, tmp_path / "store", workers=2)
+    stopper.join()
+    assert "starting another" not in capsys.readouterr().err
+    assert content(tmp_path / "store") == content(alone)
+
+
+def refused_a_file(number: int) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "model.safetensors")
+
+
+def test_a_worker_whose_system_refuses_a_file_says_so_and_is_not_lost(capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(RhoError, match=r"model\.safetensors: Too many open files\. .*ulimit -n"):
+        run_workers("local", refused_a_file, 1, lambda: None)
+    assert capfd.readouterr().err == ""
 
 
 def test_what_is_wrong_with_the_input_ends_all_workers_with_one_error(

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,15 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, cal
 
 
 def test_a_full_disk_reported_by_another_library_is_an_error_without_its_traceback(tmp_path):
-    with pytest.raises(RhoError, match="the disk is full"), open_stage(tmp_path / "s", "toy", CONFIG, INPUTS):
+    with pytest.raises(RhoError, match="s: No space left on device"), open_stage(tmp_path / "s", "toy", CONFIG, INPUTS):
         raise Exception("No space left on device (os error 28)")  # as the tokenizers library says it
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_what_the_system_refuses_is_an_error_that_names_the_file(tmp_path, number):
+    said = re.escape(f"x/model.bin: {os.strerror(number)}. What was finished is kept: {runs.ADVICE[number]}, then run")
+    with pytest.raises(RhoError, match=said), open_stage(tmp_path / "s", "toy", CONFIG, INPUTS):
+        raise OSError(number, os.strerror(number), "x/model.bin")
 
 
 def test_an_error_that_is_not_about_the_disk_stays_what_it_is(tmp_path):

@@ -1,5 +1,7 @@
 """Token-aligned columns on disk: what is written is read, and damage never goes unseen."""
 
+import errno
+import os
 import pickle
 import random
 import shutil
@@ -10,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rho import store as store_module
 from rho.corpus import Corpus, CorpusConfig, build_corpus
-from rho.errors import DataError, MismatchError
+from rho.errors import DataError, MismatchError, RhoError
 from rho.runs import hash_file, open_stage
 from rho.store import ROW_GROUP, ScoreStore, Shards, write_shard
 from rho.tokenizer import Tokenizer
@@ -145,6 +148,18 @@ def test_pages_are_checked_at_every_read_not_only_when_the_file_is_opened(tmp_pa
             shards.row(ROW_GROUP, ("ids",))
         path.write_bytes(raw)
     assert shards.row(ROW_GROUP, ("ids",))["ids"].tolist() == columns(ROWS[0], 0)["ids"][ROW_GROUP].tolist()
+
+
+def test_a_shard_that_the_system_refuses_to_open_is_not_called_damaged(tmp_path, store, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    copy = shutil.copytree(store, tmp_path / "copy")
+    monkeypatch.setattr(store_module, "hash_file", refuse)
+    with pytest.raises(RhoError, match=r"train-0\.parquet: Too many open files"):
+        read(copy)
+    monkeypatch.undo()
+    assert len(read(copy)) == sum(ROWS)
 
 
 def test_a_missing_shard_is_named(tmp_path, store):

@@ -40,6 +40,13 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             say("interrupted. Nothing finished is lost: run the same command again to go on.")
             raise typer.Exit(130) from None
+        except Exception as error:
+            from rho.runs import refusal
+
+            if (refused := refusal(error)) is None:
+                raise
+            say(f"error: {refused}")
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(

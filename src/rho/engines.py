@@ -8,6 +8,7 @@ shard at most.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import threading
@@ -19,6 +20,7 @@ import torch
 
 from rho.errors import ConfigError, RhoError
 from rho.progress import say
+from rho.runs import refusal
 
 Engine = Literal["local", "ray"]
 Work = Callable[[int], None]  # what a worker does, given its number; it is sent to another process
@@ -49,7 +51,10 @@ def _run_local(work: Work, workers: int, poll: Callable[[], None]) -> None:
 
     def start(number: int) -> Any:
         process = context.Process(target=_in_process, args=(work, number, workers, errors), daemon=True)
-        process.start()
+        try:
+            process.start()
+        except EOFError as error:  # the server that forks them died of it
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from error
         return process
 
     running = {number: start(number) for number in range(workers)}
@@ -86,8 +91,11 @@ def _in_process(work: Work, number: int, workers: int, errors: Any) -> None:
         work(number)
     except KeyboardInterrupt:
         pass  # the terminal sends it to all; the parent says so
-    except RhoError as error:
-        errors.put(error)
+    except Exception as error:
+        told = error if isinstance(error, RhoError) else refusal(error)
+        if told is None:
+            raise
+        errors.put(told)
 
 
 def _end_with_parent() -> None:

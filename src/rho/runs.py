@@ -30,6 +30,15 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 FORMAT = 1
 MADE_FROM = ("stage", "config", "inputs")
+ADVICE = {  # for what the system refuses a program that is right
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EROFS: "make the folder writable",
+    errno.EACCES: "fix the permissions",
+    errno.EPERM: "fix the permissions",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "raise the limit of open files (`fs.file-max`)",
+}
 
 
 @contextmanager
@@ -50,13 +59,34 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         sync(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
+        advice = ADVICE.get(error.errno or 0, "look at the disk")
         raise RhoError(
             f"{path}: could not be written ({error.strerror or error}). What was there before is unchanged; "
-            "free some space or fix the folder's permissions, then run the same command again to continue."
+            f"{advice}, then run the same command again to continue."
         ) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def refusal(error: BaseException, place: str | os.PathLike[str] | None = None) -> RhoError | None:
+    """What to tell a user whose system refused a file; None for any other error.
+
+    Args:
+        error: of Python, or of a library in another language, which has only the words of it.
+        place: where the work is, for an error that names no file.
+    """
+    number = getattr(error, "errno", None)
+    if number not in ADVICE:
+        number = next((known for known in ADVICE if os.strerror(known) in str(error)), None)
+    if number is None or isinstance(error, RhoError):
+        return None
+    named, said = getattr(error, "filename", None) or place, getattr(error, "strerror", None) or str(error)
+    words = os.strerror(number) if said == os.strerror(number) else f"{os.strerror(number)} ({said})"
+    return RhoError(
+        f"{f'{named}: ' if named else ''}{words}. What was finished is kept: {ADVICE[number]}, then run the same "
+        "command again to go on."
+    )
 
 
 def sync(path: Path) -> None:
@@ -119,7 +149,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Commit this manifest to `folder`."""
-        write_json(folder / MANIFEST, {"format": FORMAT, "fingerprint": self.fingerprint, **vars(self)})
+        value = {"format": FORMAT, "fingerprint": self.fingerprint, **vars(self)}
+        write_json(folder / MANIFEST, {**value, "sha256": hash_json(value)})
 
 
 def read_manifest(folder: str | os.PathLike[str], stage: str | None = None) -> Manifest:
@@ -142,6 +173,8 @@ def load_manifest(folder: Path) -> Manifest | None:
         return None
     try:
         value = json.loads(path.read_bytes())
+        checksum = value.pop("sha256", None)  # of what the fingerprint leaves out, too; others need not write it
+        unchanged = checksum in (None, hash_json(value))
         fingerprint = value.pop("fingerprint")
         version = value.pop("format")
         if version != FORMAT:
@@ -149,7 +182,7 @@ def load_manifest(folder: Path) -> Manifest | None:
         manifest = Manifest(**value)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: damaged manifest ({error}). Restore it or remove the folder and rerun.") from error
-    if manifest.fingerprint != fingerprint:
+    if manifest.fingerprint != fingerprint or not unchanged:
         raise DataError(f"{path}: the content does not match its own fingerprint. Restore it or remove the folder.")
     return manifest
 
@@ -256,12 +289,11 @@ def open_stage(
             lock.release()
         yield entered
     except Exception as error:
-        if _is_disk_full(folder, error):  # reported by a library that writes files of its own
-            raise RhoError(
-                f"{folder}: the disk is full ({error}). What was finished is kept: free some space, then run the "
-                "same command again to go on."
-            ) from error
-        raise
+        full = shutil.disk_usage(folder).free < 2**20  # torch has neither number nor words for it
+        told = refusal(OSError(errno.ENOSPC, str(error)) if full else error, folder)
+        if told is None or isinstance(error, RhoError):
+            raise
+        raise told from error
     finally:
         lock.release()
 
@@ -295,12 +327,6 @@ def _nothing_made(folder: Path, found: Manifest) -> bool:
 
 def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-
-
-def _is_disk_full(folder: Path, error: Exception) -> bool:
-    """By error number, by the words of a library in another language, or (torch has neither) by the space left."""
-    told = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-    return not isinstance(error, RhoError) and (told or shutil.disk_usage(folder).free < 2**20)
 
 
 def is_made_from(folder: Path, asked: Manifest) -> bool:

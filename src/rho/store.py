@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rho.errors import DataError, MismatchError
-from rho.runs import MANIFEST, Manifest, atomic_write, hash_file, read_manifest
+from rho.runs import MANIFEST, Manifest, atomic_write, hash_file, read_manifest, refusal
 
 ROW_GROUP = 32  # blocks decoded together: small enough for random access, large enough to compress
 OPEN_SHARDS = 64  # files one process keeps open
@@ -107,6 +107,8 @@ def _open(path: str, sha256: str, process: int) -> pq.ParquetFile:
     except FileNotFoundError:
         raise DataError(f"{path}: this shard is missing. Restore it, or run its stage again.") from None
     except (OSError, pa.ArrowException) as error:
+        if (refused := refusal(error, path)) is not None:
+            raise refused from error
         raise DataError(f"{path}: damaged shard ({error}). Restore it or make it anew.") from error
 
 
