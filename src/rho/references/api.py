@@ -37,7 +37,7 @@ KEY_VARIABLE = "RHO_API_KEY"
 LONGEST_BACKOFF = 60.0  # seconds
 QUOTED = 300  # characters of a server's words in a message
 PROBE_PROMPT = tuple(range(10, 34))  # ids that every vocabulary has
-PROBE_TOLERANCE = 1e-3  # nats between scores of the same tokens in two requests
+PROBE_ATTEMPTS = 5
 
 T = TypeVar("T")
 
@@ -51,10 +51,13 @@ class ApiConfig(BaseModel):
         kind: whose interface it has.
         concurrency: requests under way at once.
         timeout_seconds: of one request, from connecting to the last byte.
-        max_attempts: for one request.
+        max_attempts: for one request; the default lasts seven minutes or so, in which a server that was restarted is back.
+            Until the probe has passed it is at most 5, so that a mistyped url shows at once.
         max_seconds: no new attempt at a request is made later than this after its first.
         backoff_seconds: scale of the random, exponentially growing wait between attempts.
         requests_per_second: limit, repeated attempts included; None is no limit.
+        probe_tolerance: nats by which scores of the same tokens in two requests may differ. A server that computes in
+            16 bits may need more, as its rounding can depend on what else is in a batch.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,10 +67,11 @@ class ApiConfig(BaseModel):
     kind: Literal["vllm", "sglang"] = "vllm"
     concurrency: int = Field(8, ge=1)
     timeout_seconds: float = Field(120.0, gt=0)
-    max_attempts: int = Field(8, ge=1)
+    max_attempts: int = Field(20, ge=1)
     max_seconds: float = Field(600.0, gt=0)
     backoff_seconds: float = Field(1.0, ge=0)
     requests_per_second: float | None = Field(None, gt=0)
+    probe_tolerance: float = Field(1e-3, gt=0)
 
 
 class ApiReference:
@@ -151,11 +155,11 @@ class ApiReference:
 
     def _check_same(self, what: str, found: Sequence[float], expected: Sequence[float]) -> None:
         for token, (one, other) in enumerate(zip(found, expected, strict=True), start=1):
-            if abs(one - other) > PROBE_TOLERANCE:
+            if abs(one - other) > self.config.probe_tolerance:
                 raise MismatchError(
                     f"{self.url}: expected token {token} of {what} to have the same score as before, {-other:.4f}, "
-                    f"found {-one:.4f}: the scores are shifted, or unstable. Start the server without prefix caching, "
-                    "or take another."
+                    f"found {-one:.4f}: the scores are shifted, or unstable. Start the server without prefix caching "
+                    "and in float32, allow more with probe_tolerance if it computes in 16 bits, or take another."
                 )
 
     async def _ask_models(self) -> int | None:
@@ -217,12 +221,12 @@ class ApiReference:
         """What `read` makes of the answer, after as many attempts as are needed and allowed."""
         import tenacity
 
+        most = self.config.max_attempts if self._probed else min(self.config.max_attempts, PROBE_ATTEMPTS)
         backoff = tenacity.wait_random_exponential(multiplier=self.config.backoff_seconds, max=LONGEST_BACKOFF)
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_result(lambda result: isinstance(result, _Fault) and result.transient),
             wait=lambda state: max(backoff(state), _outcome(state).wait),
-            stop=tenacity.stop_after_attempt(self.config.max_attempts)
-            | tenacity.stop_before_delay(self.config.max_seconds),
+            stop=tenacity.stop_after_attempt(most) | tenacity.stop_before_delay(self.config.max_seconds),
             retry_error_callback=_outcome,
         )
         result: T | _Fault = await attempts(self._attempt, client, path, asked, read)
