@@ -467,6 +467,30 @@ def test_a_server_that_stays_down_is_a_clear_error() -> None:
             reference(url).score(*batch(1))
 
 
+def test_by_default_minutes_are_waited_for_a_server_that_goes_down_but_not_for_one_that_was_never_there(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random.seed(0)
+    made, waits, sleep = ApiReference(ApiConfig(url=stub.url, model=MODEL)), [], asyncio.sleep
+
+    async def wait(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", wait)
+    stub.fault = lambda number, ids: "503"
+    with pytest.raises(DataError, match=r"HTTP 503.* \(5 attempts\)"):
+        made.score(*batch(1))
+    assert sum(waits) < 15 * 5  # the probe's five requests wait side by side
+    stub.fault = lambda number, ids: None
+    made.probe()
+    waits.clear()
+    stub.fault = lambda number, ids: "503"
+    with pytest.raises(DataError, match=r"HTTP 503.* \(20 attempts\)"):
+        made.score(*batch(1))
+    assert 240 < sum(waits) < 600
+
+
 @pytest.mark.parametrize(
     ("status", "error"), [(400, DataError), (404, DataError), (401, ConfigError), (403, ConfigError)]
 )
@@ -565,6 +589,18 @@ def test_a_server_whose_scores_see_the_token_after_is_refused(stub: Stub) -> Non
     stub.values = lambda ids: [x and x - 0.01 * (t == 10 and ids[11] != 21) for t, x in enumerate(logprobs(ids))]
     with pytest.raises(MismatchError, match="token 10 of the prompt with another last token"):
         reference(stub.url).probe()
+
+
+def test_rounding_that_depends_on_the_batch_is_allowed_if_asked_and_a_shift_still_refused(stub: Stub) -> None:
+    rounded = lambda values: [x and round(x * 32) / 32 for x in values]  # noqa: E731
+    stub.values = lambda ids: rounded([x and x - 0.001 * len(ids) for x in logprobs(ids)])
+    with pytest.raises(MismatchError, match="allow more with probe_tolerance"):
+        reference(stub.url).probe()
+    reference(stub.url, probe_tolerance=0.1).probe()
+    for shifted in (back, on):
+        stub.values = lambda ids, shifted=shifted: rounded(shifted(ids))
+        with pytest.raises(MismatchError, match="shifted"):
+            reference(stub.url, probe_tolerance=0.1).probe()
 
 
 @pytest.mark.parametrize("fault", [*BODY_FAULTS, *FAULTS_OF_VLLM])

@@ -51,8 +51,8 @@ class ApiConfig(BaseModel):
         kind: whose interface it has.
         concurrency: requests under way at once.
         timeout_seconds: of one request, from connecting to the last byte.
-        max_attempts: for one request; the default lasts seven minutes or so, in which a server that was restarted is back.
-            Until the probe has passed it is at most 5, so that a mistyped url shows at once.
+        max_attempts: for one request. The default lasts about seven minutes, enough for a server's restart. Until the
+            probe has passed it is at most 5, so that a mistyped url shows soon.
         max_seconds: no new attempt at a request is made later than this after its first.
         backoff_seconds: scale of the random, exponentially growing wait between attempts.
         requests_per_second: limit, repeated attempts included; None is no limit.
