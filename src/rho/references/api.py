@@ -6,7 +6,8 @@
 
 A server can answer late, twice, cut, for another request, or with numbers that are no log-probabilities. So each
 answer is checked token by token before it is used, and a bad one is asked for again, a bounded number of times. Shifted
-values under the right ids can't be seen in one answer: `ApiReference.probe` looks for them before the first use.
+values under the right ids can't be seen in one answer: `ApiReference.probe` looks for them before the first use. And a
+server that was away must score a known prompt as it did before.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class ApiReference:
         self.config = config
         self.url = config.url.rstrip("/")
         self.window: int | None = None
-        self._probed = False
+        self._known: list[float] = []  # losses of the known prompt; none until the probe has passed
+        self._interrupted = False  # an attempt failed, so another server may be there now
         self._next_start = 0.0  # when the rate limit lets the next request go, on the monotonic clock
 
     def score(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
@@ -111,9 +113,10 @@ class ApiReference:
         Raises:
             ConfigError: the server wants another key.
             DataError: it gave no usable answer in the attempts and the time allowed.
-            MismatchError: a text is longer than the server reads, or the probe failed.
+            MismatchError: a text is longer than the server reads, the probe failed, or the server went down and came
+                back with other weights.
         """
-        if not self._probed:
+        if not self._known:
             self.probe()
         spans = _spans(position_ids_BT)
         texts = [input_ids_BT[row, start:stop].tolist() for row, start, stop in spans]
@@ -126,6 +129,8 @@ class ApiReference:
             )
         loss_BT = torch.full(input_ids_BT.shape, torch.nan, dtype=torch.float32)
         scored = asyncio.run(self._score_all(texts, DataError))
+        if self._interrupted:
+            self._check_still_the_same()
         for (row, start, stop), losses in zip(spans, scored, strict=True):
             loss_BT[row, start:stop] = torch.tensor(losses, dtype=torch.float32)
         return loss_BT
@@ -151,7 +156,19 @@ class ApiReference:
                 f"{self.url}: expected the score of a token to depend on that token, found {-cut[-1]:.4f} for the last "
                 "token whatever it is: the scores are shifted, or made up. Take another server."
             )
-        self._probed = True
+        self._known, self._interrupted = scored, False
+
+    def _check_still_the_same(self) -> None:
+        """Weights have no name of their own, but they score the known prompt as they did."""
+        (again,) = asyncio.run(self._score_all([list(PROBE_PROMPT)], DataError))
+        pairs = zip(again[1:], self._known[1:], strict=True)
+        if (most := max(abs(one - other) for one, other in pairs)) > self.config.probe_tolerance:
+            raise MismatchError(
+                f"{self.url}: expected {self.config.model} as it was before it failed to answer, found scores of the "
+                f"same tokens that differ by up to {most:.4f}: the server came back with other weights, or settings. "
+                "Start it as it was, then run the same command again."
+            )
+        self._interrupted = False
 
     def _check_same(self, what: str, found: Sequence[float], expected: Sequence[float]) -> None:
         for token, (one, other) in enumerate(zip(found, expected, strict=True), start=1):
@@ -221,7 +238,7 @@ class ApiReference:
         """What `read` makes of the answer, after as many attempts as are needed and allowed."""
         import tenacity
 
-        most = self.config.max_attempts if self._probed else min(self.config.max_attempts, PROBE_ATTEMPTS)
+        most = self.config.max_attempts if self._known else min(self.config.max_attempts, PROBE_ATTEMPTS)
         backoff = tenacity.wait_random_exponential(multiplier=self.config.backoff_seconds, max=LONGEST_BACKOFF)
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_result(lambda result: isinstance(result, _Fault) and result.transient),
@@ -230,9 +247,10 @@ class ApiReference:
             retry_error_callback=_outcome,
         )
         result: T | _Fault = await attempts(self._attempt, client, path, asked, read)
+        number = attempts.statistics["attempt_number"]
+        self._interrupted |= number > 1
         if not isinstance(result, _Fault):
             return result
-        number = attempts.statistics["attempt_number"]
         times = f"{number} attempts" if number > 1 else "1 attempt"
         message = f"{self.url}{path}: expected {expected}, found {result.found} ({times}). {result.advice}"
         raise (result.error or refusal)(message)
