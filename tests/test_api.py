@@ -348,8 +348,8 @@ def test_requests_keep_to_the_rate_repeated_ones_too(stub: Stub, monkeypatch: py
     monkeypatch.setattr(asyncio, "sleep", count)
     stub.fault = lambda number, ids: "500" if number < 10 else None
     check(made, *batch(10))
-    assert len(stub.texts) == 20
-    np.testing.assert_allclose(waits, [10 * n for n in range(1, 20)], atol=4)
+    assert len(stub.texts) == 20 + 1
+    np.testing.assert_allclose(waits, [10 * n for n in range(1, 21)], atol=4)
 
 
 # Faults
@@ -363,7 +363,7 @@ def test_after_a_passing_fault_the_scores_are_right(stub: Stub, kind: str, fault
     made = probed(stub, kind=kind, timeout_seconds=0.2 if fault == "time-out" else 5)
     stub.fault = lambda number, ids: fault if number in (0, 2) else None
     check(made, *batch(3))
-    assert len(stub.texts) == 5
+    assert len(stub.texts) == 5 + 1  # and the known prompt: it might be another server now
 
 
 PERMANENT = {
@@ -414,9 +414,15 @@ def test_a_lasting_fault_is_a_clear_error_after_the_allowed_attempts(stub: Stub,
 def test_answers_that_two_requests_exchange_are_not_taken(stub: Stub) -> None:
     made = probed(stub, concurrency=2)
     stub.meeting = threading.Barrier(2)
-    stub.fault = lambda number, ids: "another request's" if number < 2 else None
+
+    def exchange(number: int, ids: list[int]) -> str | None:
+        if number == 4:
+            stub.meeting = None  # the known prompt comes alone
+        return "another request's" if number < 2 else None
+
+    stub.fault = exchange
     check(made, *batch(2))
-    assert len(stub.texts) == 4
+    assert len(stub.texts) == 4 + 1
 
 
 @KINDS
@@ -478,12 +484,51 @@ def test_a_server_that_was_down_and_comes_up_again_is_used(monkeypatch: pytest.M
         server.__exit__(None, None, None)
 
 
+def test_a_server_that_comes_back_with_other_weights_is_refused(stub: Stub) -> None:
+    made = probed(stub)
+
+    def restart(number: int, ids: list[int]) -> str | None:
+        stub.values = (lambda ids: [x and 1.01 * x for x in logprobs(ids)]) if number == 1 else stub.values
+        return "hung up" if number == 1 else None
+
+    stub.fault = restart
+    with pytest.raises(MismatchError, match=r"differ by up to 0\.0\d+: the server came back with other weights"):
+        made.score(*batch(3))
+    with pytest.raises(MismatchError, match="other weights"):  # not forgotten
+        stub.fault = lambda number, ids: "503" if len(stub.texts) % 2 else None
+        made.score(*batch(1))
+
+
 def test_a_server_that_stays_down_is_a_clear_error() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(DataError, match=rf"{url}/v1/models: .* found ConnectError .*4 attempts.*Check the server"):
             reference(url).score(*batch(1))
+
+
+def test_by_default_minutes_are_waited_for_a_server_that_goes_down_but_not_for_one_that_was_never_there(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random.seed(0)
+    made, waits, sleep = ApiReference(ApiConfig(url=stub.url, model=MODEL)), [], asyncio.sleep
+
+    async def wait(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", wait)
+    stub.fault = lambda number, ids: "503"
+    with pytest.raises(DataError, match=r"HTTP 503.* \(5 attempts\)"):
+        made.score(*batch(1))
+    assert sum(waits) < 15 * 5  # the probe's five requests wait side by side
+    stub.fault = lambda number, ids: None
+    made.probe()
+    waits.clear()
+    stub.fault = lambda number, ids: "503"
+    with pytest.raises(DataError, match=r"HTTP 503.* \(20 attempts\)"):
+        made.score(*batch(1))
+    assert 240 < sum(waits) < 600
 
 
 @pytest.mark.parametrize(
@@ -585,6 +630,18 @@ def test_a_server_whose_scores_see_the_token_after_is_refused(stub: Stub) -> Non
     stub.values = lambda ids: [x and x - 0.01 * (t == 10 and ids[11] != 21) for t, x in enumerate(logprobs(ids))]
     with pytest.raises(MismatchError, match="token 10 of the prompt with another last token"):
         reference(stub.url).probe()
+
+
+def test_rounding_that_depends_on_the_batch_is_allowed_if_asked_and_a_shift_still_refused(stub: Stub) -> None:
+    rounded = lambda values: [x and round(x * 32) / 32 for x in values]  # noqa: E731
+    stub.values = lambda ids: rounded([x and x - 0.001 * len(ids) for x in logprobs(ids)])
+    with pytest.raises(MismatchError, match="allow more with probe_tolerance"):
+        reference(stub.url).probe()
+    reference(stub.url, probe_tolerance=0.1).probe()
+    for shifted in (back, on):
+        stub.values = lambda ids, shifted=shifted: rounded(shifted(ids))
+        with pytest.raises(MismatchError, match="shifted"):
+            reference(stub.url, probe_tolerance=0.1).probe()
 
 
 @pytest.mark.parametrize("fault", [*BODY_FAULTS, *FAULTS_OF_VLLM])

@@ -6,7 +6,8 @@
 
 A server can answer late, twice, cut, for another request, or with numbers that are no log-probabilities. So each
 answer is checked token by token before it is used, and a bad one is asked for again, a bounded number of times. Shifted
-values under the right ids can't be seen in one answer: `ApiReference.probe` looks for them before the first use.
+values under the right ids can't be seen in one answer: `ApiReference.probe` looks for them before the first use. And a
+server that was away must score a known prompt as it did before.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LONGEST_BACKOFF = 60.0  # seconds
 OF_THE_TEXT = (400, 413, 422, 500)  # statuses that a server may give to one text, and not to others
 QUOTED = 300  # characters of a server's words in a message
 PROBE_PROMPT = tuple(range(10, 34))  # ids that every vocabulary has
-PROBE_TOLERANCE = 1e-3  # nats between scores of the same tokens in two requests
+PROBE_ATTEMPTS = 5
 
 T = TypeVar("T")
 
@@ -52,11 +53,14 @@ class ApiConfig(BaseModel):
         kind: whose interface it has.
         concurrency: requests under way at once.
         timeout_seconds: of one request, from connecting to the last byte.
-        max_attempts: for one request.
+        max_attempts: for one request. The default lasts about seven minutes, enough for a server's restart. Until the
+            probe has passed it is at most 5, so that a mistyped url shows soon.
         max_seconds: no new attempt at a request is made later than this after its first.
         backoff_seconds: scale of the random, exponentially growing wait between attempts.
         requests_per_second: limit, repeated attempts included; None is no limit.
         price: of a million tokens sent, in any currency: the progress tells what was spent.
+        probe_tolerance: nats by which scores of the same tokens in two requests may differ. A server that computes in
+            16 bits may need more, as its rounding can depend on what else is in a batch.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,11 +70,12 @@ class ApiConfig(BaseModel):
     kind: Literal["vllm", "sglang"] = "vllm"
     concurrency: int = Field(8, ge=1)
     timeout_seconds: float = Field(120.0, gt=0)
-    max_attempts: int = Field(8, ge=1)
+    max_attempts: int = Field(20, ge=1)
     max_seconds: float = Field(600.0, gt=0)
     backoff_seconds: float = Field(1.0, ge=0)
     requests_per_second: float | None = Field(None, gt=0)
     price: float | None = Field(None, ge=0)
+    probe_tolerance: float = Field(1e-3, gt=0)
 
 
 class Meter:
@@ -107,7 +112,8 @@ class ApiReference:
         self.meter = meter or Meter()
         self.url = config.url.rstrip("/")
         self.window: int | None = None
-        self._probed = False
+        self._known: list[float] = []  # losses of the known prompt; none until the probe has passed
+        self._interrupted = False  # an attempt failed, so another server may be there now
         self._next_start = 0.0  # when the rate limit lets the next request go, on the monotonic clock
 
     def score(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
@@ -124,9 +130,10 @@ class ApiReference:
             ConfigError: the server wants another key.
             DataError: it gave no answer in the attempts and the time allowed.
             UnscorableError: it answers, but has no usable scores of a text.
-            MismatchError: a text is longer than the server reads, or the probe failed.
+            MismatchError: a text is longer than the server reads, the probe failed, or the server went down and came
+                back with other weights.
         """
-        if not self._probed:
+        if not self._known:
             self.probe()
         spans = _spans(position_ids_BT)
         texts = [input_ids_BT[row, start:stop].tolist() for row, start, stop in spans]
@@ -139,6 +146,8 @@ class ApiReference:
             )
         loss_BT = torch.full(input_ids_BT.shape, torch.nan, dtype=torch.float32)
         scored = asyncio.run(self._score_all(texts, UnscorableError))
+        if self._interrupted:
+            self._check_still_the_same()
         for (row, start, stop), losses in zip(spans, scored, strict=True):
             loss_BT[row, start:stop] = torch.tensor(losses, dtype=torch.float32)
         return loss_BT
@@ -164,15 +173,27 @@ class ApiReference:
                 f"{self.url}: expected the score of a token to depend on that token, found {-cut[-1]:.4f} for the last "
                 "token whatever it is: the scores are shifted, or made up. Take another server."
             )
-        self._probed = True
+        self._known, self._interrupted = scored, False
+
+    def _check_still_the_same(self) -> None:
+        """Weights have no name of their own, but they score the known prompt as they did."""
+        (again,) = asyncio.run(self._score_all([list(PROBE_PROMPT)], DataError))
+        pairs = zip(again[1:], self._known[1:], strict=True)
+        if (most := max(abs(one - other) for one, other in pairs)) > self.config.probe_tolerance:
+            raise MismatchError(
+                f"{self.url}: expected {self.config.model} as it was before it failed to answer, found scores of the "
+                f"same tokens that differ by up to {most:.4f}: the server came back with other weights, or settings. "
+                "Start it as it was, then run the same command again."
+            )
+        self._interrupted = False
 
     def _check_same(self, what: str, found: Sequence[float], expected: Sequence[float]) -> None:
         for token, (one, other) in enumerate(zip(found, expected, strict=True), start=1):
-            if abs(one - other) > PROBE_TOLERANCE:
+            if abs(one - other) > self.config.probe_tolerance:
                 raise MismatchError(
                     f"{self.url}: expected token {token} of {what} to have the same score as before, {-other:.4f}, "
-                    f"found {-one:.4f}: the scores are shifted, or unstable. Start the server without prefix caching, "
-                    "or take another."
+                    f"found {-one:.4f}: the scores are shifted, or unstable. Start the server without prefix caching "
+                    "and in float32, allow more with probe_tolerance if it computes in 16 bits, or take another."
                 )
 
     async def _ask_models(self) -> int | None:
@@ -234,18 +255,19 @@ class ApiReference:
         """What `read` makes of the answer, after as many attempts as are needed and allowed."""
         import tenacity
 
+        most = self.config.max_attempts if self._known else min(self.config.max_attempts, PROBE_ATTEMPTS)
         backoff = tenacity.wait_random_exponential(multiplier=self.config.backoff_seconds, max=LONGEST_BACKOFF)
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_result(lambda result: isinstance(result, _Fault) and result.transient),
             wait=lambda state: max(backoff(state), _outcome(state).wait),
-            stop=tenacity.stop_after_attempt(self.config.max_attempts)
-            | tenacity.stop_before_delay(self.config.max_seconds),
+            stop=tenacity.stop_after_attempt(most) | tenacity.stop_before_delay(self.config.max_seconds),
             retry_error_callback=_outcome,
         )
         result: T | _Fault = await attempts(self._attempt, client, path, asked, read)
+        number = attempts.statistics["attempt_number"]
+        self._interrupted |= number > 1
         if not isinstance(result, _Fault):
             return result
-        number = attempts.statistics["attempt_number"]
         times = f"{number} attempts" if number > 1 else "1 attempt"
         message = f"{self.url}{path}: expected {expected}, found {result.found} ({times}). {result.advice}"
         raise (result.error or refusal)(message)
