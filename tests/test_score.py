@@ -222,7 +222,7 @@ def test_a_text_that_a_server_refuses_is_put_into_quarantine_alone(
         self.meter.tokens += input_ids_BT.numel()
         return torch.from_numpy(np.stack([of_ids[row] for row in rows]))
 
-    monkeypatch.setattr(ApiReference, "probe", lambda self: None)
+    monkeypatch.setattr(ApiReference, "probe", lambda self: setattr(self, "known", [1.0, 2.0]))
     monkeypatch.setattr(ApiReference, "score", served)
     api = ApiConfig(url="http://127.0.0.1:1", model="served", price=2.0)
     score_corpus(ScoreConfig(dtype="float32"), text, api, tmp_path)
@@ -231,6 +231,10 @@ def test_a_text_that_a_server_refuses_is_put_into_quarantine_alone(
         expected = known.row(block, ("ref_loss",))["ref_loss"]
         expected = np.full_like(expected, np.nan) if block == bad else expected
         np.testing.assert_array_equal(store.row(block, ("ref_loss",))["ref_loss"], expected)
+    (tmp_path / "train-00001.parquet").unlink()
+    monkeypatch.setattr(ApiReference, "probe", lambda self: setattr(self, "known", [1.0, 2.5]))
+    with pytest.raises(MismatchError, match=r"expected served as it was before, .* differ by up to 0.5000"):
+        score_corpus(ScoreConfig(dtype="float32"), text, api, tmp_path)
     [listed] = json.loads((tmp_path / "train-00001.quarantine.json").read_text())
     assert (listed["block"], listed["tokens"], listed["reason"]) == (bad, [*range(1, 16)], "HTTP 400 no such text")
 
@@ -301,7 +305,7 @@ def test_scores_of_an_api_are_stored_without_an_entropy_and_a_score_that_needs_o
         rows = [known.row(next(asked), ("ref_loss",))["ref_loss"] for _ in input_ids_BT]
         return torch.from_numpy(np.stack(rows))
 
-    monkeypatch.setattr(ApiReference, "probe", lambda self: None)
+    monkeypatch.setattr(ApiReference, "probe", lambda self: setattr(self, "known", [1.0, 2.0]))
     monkeypatch.setattr(ApiReference, "score", served)
     api = ApiConfig(url="http://127.0.0.1:1", model="served")
     manifest = score_corpus(ScoreConfig(dtype="float32"), Corpus(corpus), api, tmp_path / "api")

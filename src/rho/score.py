@@ -9,6 +9,7 @@ its own tokens (`rho.references.mapped`). A block that it can't score does not s
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -46,6 +47,7 @@ from rho.runs import Manifest, Stage, hash_json, open_stage, write_json
 from rho.store import write_shard
 from rho.tokenizer import Tokenizer
 
+PROBE = ".probe.json"  # what a served model said of the known prompt
 QUARANTINE = 100  # one block in so many (and one in a smaller shard) may lack scores; more are the reference's fault
 
 
@@ -176,7 +178,9 @@ class _Job:
         """
         corpus = Corpus(self.corpus)
         meter = Meter()
-        scorer = cache(lambda: load_scorer(self.config, self.reference, corpus, self.reference_tokenizer, meter))
+        scorer = cache(
+            lambda: load_scorer(self.config, self.reference, corpus, self.reference_tokenizer, meter, self.out)
+        )
         if self.target is not None:
             with claim(self.out, TARGET) as mine:
                 if mine:
@@ -277,15 +281,28 @@ def _other_tokenizer(path: str | None, corpus: Corpus) -> Tokenizer | None:
 
 
 def load_scorer(
-    config: ScoreConfig, reference: Reference, corpus: Corpus, reference_tokenizer: str | None, meter: Meter
+    config: ScoreConfig,
+    reference: Reference,
+    corpus: Corpus,
+    reference_tokenizer: str | None,
+    meter: Meter,
+    store: Path | None = None,
 ) -> Scorer:
-    """What scores the batches of `corpus`, ready and checked; the arguments are those of `score_corpus`."""
+    """What scores the batches of `corpus`, ready and checked; the arguments are those of `score_corpus`.
+
+    A served model must be the one that the other shards of `store` were scored by.
+    """
     config = config.of(corpus.block_length)
     assert config.context is not None and config.overlap is not None
     tokenizer = _other_tokenizer(reference_tokenizer, corpus)
     if isinstance(reference, ApiConfig):
         api = ApiReference(reference, meter)
         api.probe()
+        if store is not None:
+            if (store / PROBE).is_file():
+                api.check_same_weights(json.loads((store / PROBE).read_bytes()))
+            else:
+                write_json(store / PROBE, api.known)
 
         def scorer(batch: Batch) -> dict[str, Tensor]:
             return {"ref_loss": api.score(batch["input_ids"], batch["position_ids"])}

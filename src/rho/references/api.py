@@ -112,7 +112,7 @@ class ApiReference:
         self.meter = meter or Meter()
         self.url = config.url.rstrip("/")
         self.window: int | None = None
-        self._known: list[float] = []  # losses of the known prompt; none until the probe has passed
+        self.known: list[float] = []  # losses of the known prompt; none until the probe has passed
         self._interrupted = False  # an attempt failed, so another server may be there now
         self._next_start = 0.0  # when the rate limit lets the next request go, on the monotonic clock
 
@@ -133,7 +133,7 @@ class ApiReference:
             MismatchError: a text is longer than the server reads, the probe failed, or the server went down and came
                 back with other weights.
         """
-        if not self._known:
+        if not self.known:
             self.probe()
         spans = _spans(position_ids_BT)
         texts = [input_ids_BT[row, start:stop].tolist() for row, start, stop in spans]
@@ -173,18 +173,29 @@ class ApiReference:
                 f"{self.url}: expected the score of a token to depend on that token, found {-cut[-1]:.4f} for the last "
                 "token whatever it is: the scores are shifted, or made up. Take another server."
             )
-        self._known, self._interrupted = scored, False
+        self.known, self._interrupted = scored[1:], False
 
-    def _check_still_the_same(self) -> None:
-        """Weights have no name of their own, but they score the known prompt as they did."""
-        (again,) = asyncio.run(self._score_all([list(PROBE_PROMPT)], DataError))
-        pairs = zip(again[1:], self._known[1:], strict=True)
+    def check_same_weights(self, known: Sequence[float], found: Sequence[float] | None = None) -> None:
+        """Weights have no name of their own, but they score the known prompt as they did.
+
+        Args:
+            known: its losses in an earlier job.
+            found: those of now; what the probe found, if not given.
+
+        Raises:
+            MismatchError: they differ.
+        """
+        pairs = zip(self.known if found is None else found, known, strict=True)
         if (most := max(abs(one - other) for one, other in pairs)) > self.config.probe_tolerance:
             raise MismatchError(
-                f"{self.url}: expected {self.config.model} as it was before it failed to answer, found scores of the "
-                f"same tokens that differ by up to {most:.4f}: the server came back with other weights, or settings. "
-                "Start it as it was, then run the same command again."
+                f"{self.url}: expected {self.config.model} as it was before, found scores of the same tokens that "
+                f"differ by up to {most:.4f}: the server has other weights, or settings. Start it as it was, then run "
+                "the same command again."
             )
+
+    def _check_still_the_same(self) -> None:
+        (again,) = asyncio.run(self._score_all([list(PROBE_PROMPT)], DataError))
+        self.check_same_weights(self.known, again[1:])
         self._interrupted = False
 
     def _check_same(self, what: str, found: Sequence[float], expected: Sequence[float]) -> None:
@@ -255,7 +266,7 @@ class ApiReference:
         """What `read` makes of the answer, after as many attempts as are needed and allowed."""
         import tenacity
 
-        most = self.config.max_attempts if self._known else min(self.config.max_attempts, PROBE_ATTEMPTS)
+        most = self.config.max_attempts if self.known else min(self.config.max_attempts, PROBE_ATTEMPTS)
         backoff = tenacity.wait_random_exponential(multiplier=self.config.backoff_seconds, max=LONGEST_BACKOFF)
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_result(lambda result: isinstance(result, _Fault) and result.transient),
