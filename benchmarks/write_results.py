@@ -135,8 +135,8 @@ def kill_section(result: dict[str, Any]) -> str:
 
 SCORING = """## What scoring costs
 
-On {device}, {threads} threads, against the same model with the same batches in the same process, interleaved: a bare forward
-to the logits, and the memory of a forward to the hidden states.
+On {device}, {threads} threads, against the same model with the same batches in the same process, interleaved: a bare
+forward to the logits, and the memory of a forward to the hidden states.
 
     python benchmarks/scoring.py        # speed memory; `store` on a CPU
 
@@ -144,8 +144,8 @@ to the logits, and the memory of a forward to the hidden states.
 |---|---|---|---|---|---|
 {rows}
 """
-STORE = """A store of the demo's noisy corpus ({tokens:,} tokens): {sizes} bytes a token. The demo's model trains on {consumed:,}
-tokens/s; reading is {reading} as fast.
+STORE = """A store of the demo's noisy corpus ({tokens:,} tokens): {sizes} bytes a token. The demo's model trains on
+{consumed:,} tokens/s; reading is {reading} as fast.
 """
 
 
@@ -172,7 +172,8 @@ def scoring_section(result: dict[str, Any]) -> str:
     )
 
 
-SCORING_KILLS = """Scoring with two workers at a time was killed at {kills} random moments: of {stores} stores {verdict}.
+SCORING_KILLS = """Scoring with two workers at a time was killed at {kills} random moments: of {stores} stores
+{verdict}.
 
     python benchmarks/kill_scoring.py
 """
