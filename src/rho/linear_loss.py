@@ -45,6 +45,7 @@ def linear_token_loss(
         loss_N[rows] = total.log() + top.squeeze(-1) - target
         if entropy_N is not None:
             entropy_N[rows] = total.log() - exp.mul_(logits).sum(-1) / total
+        del logits, exp  # before the next chunk's are made
     return loss_N, entropy_N
 
 
