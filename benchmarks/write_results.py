@@ -133,6 +133,52 @@ def kill_section(result: dict[str, Any]) -> str:
     )
 
 
+SCORING = """## What scoring costs
+
+On {device}, {threads} threads, against the same model with the same batches in the same process, interleaved: a bare
+forward to the logits, and the memory of a forward to the hidden states.
+
+    python benchmarks/scoring.py        # speed memory; `store` on a CPU
+
+| model | | tokens/s | of a bare forward (least - most) | peak memory | of the hidden states |
+|---|---|---|---|---|---|
+{rows}
+"""
+STORE = """A store of the demo's noisy corpus ({tokens:,} tokens): {sizes} bytes a token. The demo's model trains on
+{consumed:,} tokens/s; reading is {reading} as fast.
+"""
+
+
+def scoring_section(result: dict[str, Any]) -> str:
+    """Speed and memory of scoring, and its store."""
+    rows = []
+    for model, works in result["speed"].items():
+        peaks = result["memory"][model]
+        for work, found in works.items():
+            of = found["of_bare_forward"]
+            mfu = f", MFU {found['mfu']:.1%}" if "mfu" in found else ""
+            rows.append(
+                f"| {model} | {work} | {found['tokens_per_second']:,}{mfu} | {of['median']:.2f} ({of['min']:.2f} - "
+                f"{of['max']:.2f}) | {peaks[work]['mib']:.0f} MiB | {peaks[work]['of_hidden_states']:.2f} |"
+            )
+    page = SCORING.format(device=result["device"], threads=result["threads"], rows="\n".join(rows))
+    if (store := result.get("store")) is None:
+        return page
+    return page + STORE.format(
+        tokens=store["tokens"],
+        sizes=", ".join(f"{name} {size:.3f}" for name, size in store["bytes_a_token"].items()),
+        consumed=store["training_tokens_per_second"],
+        reading=", ".join(f"({name}) {found['times_training']:.0f} times" for name, found in store["reading"].items()),
+    )
+
+
+SCORING_KILLS = """Scoring with two workers at a time was killed at {kills} random moments: of {stores} stores
+{verdict}.
+
+    python benchmarks/kill_scoring.py
+"""
+
+
 def main() -> None:
     """Write the page."""
     demo, kills = (json.loads((HERE / "results" / f"{name}.json").read_bytes()) for name in ("demo", "kill_training"))
@@ -140,8 +186,14 @@ def main() -> None:
     sections = [demo_section(demo)]
     if recipes:
         sections += [RECIPES, *(recipe_section(name, result["summary"]) for name, result in recipes)]
+    scoring = [json.loads(file.read_bytes()) for file in sorted((HERE / "results").glob("scoring-*.json"))]
+    sections += [scoring_section(result) for result in scoring]
+    killed = json.loads((HERE / "results" / "kill_scoring.json").read_bytes())
+    wrong = len(killed["differing"])
+    verdict = f"{wrong} differed" if wrong else "all were the undisturbed one, byte for byte"
+    killed_scoring = SCORING_KILLS.format(kills=killed["kills"], stores=killed["stores"], verdict=verdict)
     versions = ", ".join(f"{name} {version}" for name, version in sorted(demo["environment"].items()))
-    PAGE.write_text("\n".join([HEAD, *sections, kill_section(kills), f"Versions: {versions}.\n"]))
+    PAGE.write_text("\n".join([HEAD, *sections, kill_section(kills), killed_scoring, f"Versions: {versions}.\n"]))
     print(PAGE)
 
 

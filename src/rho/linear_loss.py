@@ -13,6 +13,7 @@ from torch import Tensor
 from rho.objective import IGNORE_INDEX
 
 CHUNK = 512  # rows of logits alive at once; smaller chunks rewrite the head's gradient more often
+CPU_CHUNK = 128  # without a gradient: these logits fit the cache, and are small beside a small model's weights
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def linear_token_loss(
     labels_N: Tensor,
     bias_V: Tensor | None = None,
     entropy: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Eq. 1 from hidden states: loss_N (and entropy_N, Eq. 8), nats, NaN where the label is ignored.
 
@@ -34,7 +35,7 @@ def linear_token_loss(
     loss_N = torch.full(labels_N.shape, torch.nan, dtype=_accumulate(hidden_ND), device=hidden_ND.device)
     entropy_N = loss_N.clone() if entropy else None
     rows_K = (labels_N != IGNORE_INDEX).nonzero().squeeze(-1)
-    for rows in rows_K.split(chunk):
+    for rows in rows_K.split(chunk or (CPU_CHUNK if hidden_ND.device.type == "cpu" else CHUNK)):
         logits = _logits(hidden_ND[rows].to(dtype), weight, bias_V)
         target = logits.gather(-1, labels_N[rows, None]).squeeze(-1)
         top = logits.amax(-1, keepdim=True)
@@ -44,6 +45,7 @@ def linear_token_loss(
         loss_N[rows] = total.log() + top.squeeze(-1) - target
         if entropy_N is not None:
             entropy_N[rows] = total.log() - exp.mul_(logits).sum(-1) / total
+        del logits, exp  # before the next chunk's are made
     return loss_N, entropy_N
 
 
