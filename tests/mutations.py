@@ -36,8 +36,8 @@ MUTATIONS = [
     Mutation(
         "hidden states are shifted twice",
         "forward.py",
-        "hidden_ND = predictors(hidden_states(model, input_ids, position_ids))",
-        "hidden_ND = predictors(predictors(hidden_states(model, input_ids, position_ids)))",
+        "hidden_BTD = predictors(hidden_states(model, input_ids, position_ids))",
+        "hidden_BTD = predictors(predictors(hidden_states(model, input_ids, position_ids)))",
         step("excess-sequence"),
     ),
     Mutation(
@@ -121,8 +121,8 @@ MUTATIONS = [
     Mutation(
         "logits are taken for log-probabilities",
         "linear_loss.py",
-        "loss_N[rows] = total.log() + top.squeeze(-1) - target",
-        "loss_N[rows] = -target",
+        "loss_R[part] = (total.log() + (top - target)).squeeze(-1)",
+        "loss_R[part] = -target.squeeze(-1)",
         "test_linear_loss.py::test_token_losses_and_entropies_equal_the_slow_twin",
     ),
     Mutation(
