@@ -244,19 +244,20 @@ class _HeadPass:
         factor_K1 = self.head.scale / total_K1
         if self.grad_bias_V is not None:
             self.grad_bias_V.addmv_(grad_KV.T, factor_K1.squeeze(-1) * weight_K)
-        if grad_KV.dtype != self.dtype:  # it is copied anyway, and in low precision each rounding counts
-            grad_KV = torch.mul(grad_KV, factor_K1, out=torch.empty_like(grad_KV, dtype=self.dtype))
-            factor_K1 = torch.ones_like(factor_K1)
         with torch.autocast(rows_K.device.type, enabled=False):
+            half_KV, half_factor_K1 = grad_KV, factor_K1
+            if grad_KV.dtype != self.dtype:  # it is copied anyway, and in low precision each rounding counts
+                half_KV = torch.mul(grad_KV, factor_K1, out=torch.empty_like(grad_KV, dtype=self.dtype))
+                half_factor_K1 = torch.ones_like(factor_K1)
             if self.grad_hidden_ND is not None:
-                grad_KD = (grad_KV @ self.weight_VD) * (factor_K1 * hidden_weight_K[:, None])
+                grad_KD = (half_KV @ self.weight_VD) * (half_factor_K1 * hidden_weight_K[:, None])
                 self.grad_hidden_ND[rows_K] = grad_KD.to(self.grad_hidden_ND.dtype)
-            if self.grad_weight_VD is not None:
-                hidden_KD = (self.hidden_ND[rows_K] * (factor_K1 * weight_K[:, None])).to(self.dtype)
-                if self.grad_weight_VD.dtype == self.dtype:
-                    self.grad_weight_VD.addmm_(grad_KV.T, hidden_KD)
-                else:
-                    self.grad_weight_VD += grad_KV.T @ hidden_KD
+            if self.grad_weight_VD is not None and half_KV.is_cuda and half_KV is not grad_KV:
+                hidden_KD = (self.hidden_ND[rows_K] * weight_K[:, None]).to(self.dtype)
+                self.grad_weight_VD += torch.mm(half_KV.T, hidden_KD, out_dtype=self.grad_weight_VD.dtype)
+            elif self.grad_weight_VD is not None:  # only CUDA adds products of low precision in float32
+                hidden_KD = self.hidden_ND[rows_K].to(self.dtype) * (factor_K1 * weight_K[:, None])
+                self.grad_weight_VD.addmm_(grad_KV.T, hidden_KD)
 
 
 def _ranked_parts(labelled_BT: Tensor, ranked: str, chunk: int) -> Iterator[slice]:
