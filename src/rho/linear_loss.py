@@ -144,7 +144,7 @@ class _LinearLoss(torch.autograd.Function):
                     weight_BT[part] += (seen_BT[part] & ~found) * rest_weight
                 used_N[some] = weight_N[some]
                 kept = used_N[some].nonzero().squeeze(-1)
-                head_pass.gradients(kept, used_N[some[kept]], used_N[some[kept]])
+                head_pass.gradients(kept, used_N[some], used_N[some])
             chosen.append(found)
             if cut > 1:
                 for some in rows[weight_N[rows] != used_N[rows]].split(chunk):
@@ -225,19 +225,19 @@ class _HeadPass:
             torch.mul(product, product, out=self.slope_RV[part]).neg_().add_(1.0)
         return product.mul_(cap)
 
-    def gradients(self, kept_K: Tensor, weight_K: Tensor, hidden_weight_K: Tensor) -> None:
+    def gradients(self, kept_K: Tensor, weight_R: Tensor, hidden_weight_R: Tensor) -> None:
         """Add the gradients of `losses` of some of the rows last passed.
 
         Args:
-            kept_K: their places among those rows, rising.
-            weight_K: what they weigh in the gradients of weight and bias.
-            hidden_weight_K: and in that of their hidden states, which is set, not added to.
+            kept_K: their places among those rows.
+            weight_R: what each of those rows weighs in the gradients of weight and bias.
+            hidden_weight_R: and in that of their hidden states, which is set, not added to.
         """
         if self.grad_hidden_ND is None and self.grad_weight_VD is None and self.grad_bias_V is None:
             return
-        rows_K, total_K1 = self.rows_R[kept_K], self.total_R1[kept_K]
+        grad_KV, kept_K = _to_front(self.exp_RV[: len(self.rows_R)], kept_K)
+        rows_K, total_K1, weight_K = self.rows_R[kept_K], self.total_R1[kept_K], weight_R[kept_K]
         # softmax - onehot, but for the division by the total: that is left to the narrow factors of the products.
-        grad_KV = _compact(self.exp_RV[: len(self.rows_R)], kept_K)
         grad_KV.scatter_add_(-1, self.labels_N[rows_K, None], -total_K1)
         if self.slope_RV is not None:
             grad_KV *= self.slope_RV[kept_K]
@@ -250,7 +250,7 @@ class _HeadPass:
                 half_KV = torch.mul(grad_KV, factor_K1, out=torch.empty_like(grad_KV, dtype=self.dtype))
                 half_factor_K1 = torch.ones_like(factor_K1)
             if self.grad_hidden_ND is not None:
-                grad_KD = (half_KV @ self.weight_VD) * (half_factor_K1 * hidden_weight_K[:, None])
+                grad_KD = (half_KV @ self.weight_VD) * (half_factor_K1 * hidden_weight_R[kept_K, None])
                 self.grad_hidden_ND[rows_K] = grad_KD.to(self.grad_hidden_ND.dtype)
             if self.grad_weight_VD is not None and half_KV.is_cuda and half_KV is not grad_KV:
                 hidden_KD = (self.hidden_ND[rows_K] * weight_K[:, None]).to(self.dtype)
@@ -274,14 +274,18 @@ def _ranked_parts(labelled_BT: Tensor, ranked: str, chunk: int) -> Iterator[slic
     yield slice(start, len(labelled_BT))
 
 
-def _compact(values_RV: Tensor, kept_K: Tensor) -> Tensor:
-    """values_RV[kept_K], in place: as `kept_K` rises, rows move up and none is overwritten before it is read."""
-    if len(kept_K) == len(values_RV):
-        return values_RV
-    compact_KV = values_RV[: len(kept_K)]
-    for part in _blocks(compact_KV):
-        compact_KV[part] = values_RV[kept_K[part]]
-    return compact_KV
+def _to_front(values_RV: Tensor, kept_K: Tensor) -> tuple[Tensor, Tensor]:
+    """values_KV of the kept rows, in place, and where each was: those beyond the first K move into the gaps."""
+    place_K = torch.arange(len(kept_K), device=kept_K.device)
+    if len(kept_K) < len(values_RV):
+        gap_K = torch.ones_like(place_K, dtype=torch.bool)
+        stays = kept_K < len(kept_K)
+        gap_K[kept_K[stays]] = False
+        gaps, beyond = gap_K.nonzero().squeeze(-1), kept_K[~stays]
+        place_K[gaps] = beyond
+        for part in _blocks(values_RV[: len(gaps)]):
+            values_RV.index_copy_(0, gaps[part], values_RV[beyond[part]])
+    return values_RV[: len(kept_K)], place_K
 
 
 def _blocks(values_RV: Tensor) -> Iterator[slice]:
