@@ -22,7 +22,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -197,12 +197,11 @@ def with_reference(loss: Loss, naive: bool, reference: LlamaForCausalLM, model: 
     with torch.no_grad():
         hidden, head = backbone(reference, batch), Head(reference.lm_head.weight)
         if naive:
-            batch.ref_loss = token_loss(F.linear(hidden, head.weight_VD), batch.labels)
+            found = token_loss(F.linear(hidden, head.weight_VD), batch.labels)
         else:
             flat = predictors(hidden).flatten(0, 1)
-            found = linear_token_loss(flat, head, batch.labels.flatten(), chunk=batch.chunk)[0]
-            batch.ref_loss = found.view_as(batch.labels)
-    step(loss, model, batch)
+            found = linear_token_loss(flat, head, batch.labels.flatten(), chunk=batch.chunk)[0].view_as(batch.labels)
+    step(loss, model, replace(batch, ref_loss=found))
 
 
 def step(loss: Loss, model: LlamaForCausalLM, batch: Batch) -> None:
