@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -378,5 +379,8 @@ def test_nothing_is_multiplied_for_a_gradient_that_nobody_wants() -> None:
     assert products(hidden.detach(), weight) == 1.5
     with torch.no_grad():
         assert products(hidden, weight) == 1.0
+        bias = torch.zeros(400, requires_grad=True)
+        run = partial(selective_linear_loss, hidden, Head(weight, bias), case.labels, everything_seen)
+        assert cost(run).products / HEAD_PASS == 1.0
     selective_linear_loss(hidden, Head(weight.detach()), case.labels, everything_seen)[0].backward()
     assert hidden.grad is not None and weight.grad is None

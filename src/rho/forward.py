@@ -50,19 +50,15 @@ def selective_forward(selector: Selector) -> Callable[..., dict[str, Tensor]]:
         eligible = active.eligible(labels, columns)
 
         def scores(loss: Tensor | None, part: slice = slice(None)) -> list[Tensor]:
-            own, blocks = (
-                {name: column[part] for name, column in columns.items()},
-                None if block is None else block[part],
-            )
+            own = {name: column[part] for name, column in columns.items()}
+            blocks = None if block is None else block[part]
             return [one.scores(loss, own, blocks, labels.shape[1], step) for one in active.parts]
 
         def choose(part: slice, loss: Tensor | None, seen: Tensor, everything: bool) -> Tensor:
-            if active.weighting != "mask":  # the weights of a few tokens say nothing about those of all
-                return (
-                    active.soft_weights(scores(loss, part)[0], seen)
-                    if everything
-                    else torch.zeros(seen.shape, device=seen.device)
-                )
+            if active.weighting != "mask":
+                if not everything:  # the weights of a few tokens say nothing about those of all
+                    return torch.zeros(seen.shape, device=seen.device)
+                return active.soft_weights(scores(loss, part)[0], seen)
             if everything and (active.scope == "step" or (active.scope == "running" and threshold is None)):
                 return active.select_step([scores(loss)], [seen], all_gather, rank())[0]
             return active.select(scores(loss, part), seen, threshold)

@@ -102,11 +102,10 @@ def selective_linear_loss(
         The weighted sum of losses (nats); loss_BT without gradient, NaN where ignored; what `choose` returned.
     """
     chunk = chunk or _default_chunk(hidden_BTD)
-    if not torch.is_grad_enabled():  # else a Function is told that the parameters need gradients
-        hidden_BTD, head = hidden_BTD.detach(), head._replace(weight_VD=head.weight_VD.detach())
-    return _LinearLoss.apply(
-        hidden_BTD, head.weight_VD, head.bias_V, head, labels_BT, choose, ranked, rest_weight, chunk
-    )
+    wanted: tuple[Tensor | None, ...] = (hidden_BTD, head.weight_VD, head.bias_V)
+    if not torch.is_grad_enabled():  # a Function would still be told that parameters need gradients
+        wanted = tuple(None if tensor is None else tensor.detach() for tensor in wanted)
+    return _LinearLoss.apply(*wanted, head, labels_BT, choose, ranked, rest_weight, chunk)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -205,7 +204,7 @@ class _HeadPass:
             logits = self._finish(logits_RV[part], part)
             target = logits.gather(-1, labels_R1[part])
             top = logits.amax(-1, keepdim=True)
-            exp = torch.exp(logits.sub_(top), out=None if entropy_N is not None else logits)
+            exp = logits.sub_(top).exp_() if entropy_N is None else logits.sub_(top).exp()
             total = exp.sum(-1, keepdim=True)
             self.total_R1[part] = total
             loss_R[part] = (total.log() + (top - target)).squeeze(-1)
