@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from rho.linear_loss import Head, linear_token_loss, selective_linear_loss
-from rho.objective import IGNORE_INDEX, excess_loss, predictors, slm_loss, token_loss
+from rho.objective import IGNORE_INDEX, excess_loss, predictors, slm_loss
 from rho.runs import environment
 from rho.selection import Selector
 
@@ -134,9 +134,15 @@ def cce_clm(hidden: Tensor, head: Head, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss, batch.labels != IGNORE_INDEX
 
 
+def naive_losses(hidden: Tensor, head: Head, batch: Batch) -> Tensor:
+    """A loss a token from full logits. Hidden states are shifted, not logits: that copy is spared the naive rows."""
+    logits = F.linear(predictors(hidden), head.weight_VD).float()
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none").view_as(batch.labels)
+
+
 def naive_slm(ratio: float, hidden: Tensor, head: Head, batch: Batch) -> tuple[Tensor, Tensor]:
     """What re-implementations do: full logits, a loss a token, a mask."""
-    loss = token_loss(F.linear(hidden, head.weight_VD), batch.labels)
+    loss = naive_losses(hidden, head, batch)
     mask = Selector("excess", ratio).select([excess_loss(loss.detach(), batch.ref_loss)], batch.labels != IGNORE_INDEX)
     return slm_loss(loss, mask, mask.sum()), mask
 
@@ -197,7 +203,7 @@ def with_reference(loss: Loss, naive: bool, reference: LlamaForCausalLM, model: 
     with torch.no_grad():
         hidden, head = backbone(reference, batch), Head(reference.lm_head.weight)
         if naive:
-            found = token_loss(F.linear(hidden, head.weight_VD), batch.labels)
+            found = naive_losses(hidden, head, batch)
         else:
             flat = predictors(hidden).flatten(0, 1)
             found = linear_token_loss(flat, head, batch.labels.flatten(), chunk=batch.chunk)[0].view_as(batch.labels)
