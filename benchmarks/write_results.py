@@ -179,6 +179,47 @@ SCORING_KILLS = """Scoring with two workers at a time was killed at {kills} rand
 """
 
 
+STEPS = """## The training step
+
+Forward and backward, no optimizer, random weights; every row of a size in one process, interleaved. Ratios are medians
+of {rounds} rounds (with quartiles) by plain Transformers CLM in the same round; *head* is head and loss alone, *MiB*
+what they allocate at most beside hidden states and weights; *error* is of their gradients, against float64.
+
+    python benchmarks/step.py        # on a GPU: other sizes; PYTHONPATH=src where rho is not installed
+"""
+STEP = """### {name}: {parameters:.1f} M parameters, vocabulary {vocab:,}, {tokens:,} tokens ({machine}, {clock})
+
+| | step | tokens/s | head | MiB | error |
+|---|---|---|---|---|---|
+{rows}
+"""
+
+
+def step_section(result: dict[str, Any], name: str) -> str:
+    """One size on one machine."""
+    found = result["sizes"][name]
+    size = found["size"]
+    return STEP.format(
+        name=name,
+        parameters=found["parameters"] / 1e6,
+        vocab=size["vocab"],
+        tokens=size["rows"] * size["length"],
+        machine=result["machine"],
+        clock=result["clock"],
+        rows="\n".join(step_row(row, measured) for row, measured in found["rows"].items()),
+    )
+
+
+def step_row(name: str, row: dict[str, Any]) -> str:
+    """One way to train, as a table row."""
+    step, *head = (
+        f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})"
+        for ratio in (row[part]["to_transformers"] for part in ("step", "head") if part in row)
+    )
+    rest = [*head, f"{row['head_bytes'] / 2**20:.0f}", f"{row['gradient_error']:.1e}"] if head else ["-"] * 3
+    return f"| {name} | {step} | {row['tokens_per_second']:,.0f} | {' | '.join(rest)} |"
+
+
 def main() -> None:
     """Write the page."""
     demo, kills = (json.loads((HERE / "results" / f"{name}.json").read_bytes()) for name in ("demo", "kill_training"))
@@ -192,6 +233,10 @@ def main() -> None:
     wrong = len(killed["differing"])
     verdict = f"{wrong} differed" if wrong else "all were the undisturbed one, byte for byte"
     killed_scoring = SCORING_KILLS.format(kills=killed["kills"], stores=killed["stores"], verdict=verdict)
+    steps = [json.loads(file.read_bytes()) for file in sorted((HERE / "results").glob("step-*.json"))]
+    if steps:
+        sections.append(STEPS.format(rounds=max(size["rounds"] for one in steps for size in one["sizes"].values())))
+        sections += [step_section(one, name) for one in steps for name in one["sizes"]]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(demo["environment"].items()))
     PAGE.write_text("\n".join([HEAD, *sections, kill_section(kills), killed_scoring, f"Versions: {versions}.\n"]))
     print(PAGE)

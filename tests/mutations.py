@@ -36,8 +36,8 @@ MUTATIONS = [
     Mutation(
         "hidden states are shifted twice",
         "forward.py",
-        "hidden_ND = predictors(hidden_states(model, input_ids, position_ids))",
-        "hidden_ND = predictors(predictors(hidden_states(model, input_ids, position_ids)))",
+        "hidden_BTD = predictors(hidden_states(model, input_ids, position_ids))",
+        "hidden_BTD = predictors(predictors(hidden_states(model, input_ids, position_ids)))",
         step("excess-sequence"),
     ),
     Mutation(
@@ -121,9 +121,37 @@ MUTATIONS = [
     Mutation(
         "logits are taken for log-probabilities",
         "linear_loss.py",
-        "loss_N[rows] = total.log() + top.squeeze(-1) - target",
-        "loss_N[rows] = -target",
+        "loss_R[part] = (total.log() + (top - target)).squeeze(-1)",
+        "loss_R[part] = -target.squeeze(-1)",
         "test_linear_loss.py::test_token_losses_and_entropies_equal_the_slow_twin",
+    ),
+    Mutation(
+        "rows that were guessed wrong are left as they are",
+        "linear_loss.py",
+        "weight_N[some] - used_N[some], weight_N[some]",
+        "0.0 * weight_N[some], used_N[some]",
+        "test_linear_loss.py::test_a_guess_may_be_as_wrong_as_it_likes",
+    ),
+    Mutation(
+        "the kept rows' exponentials are taken from other rows",
+        "linear_loss.py",
+        "place_K[gaps] = beyond",
+        "pass",
+        "test_linear_loss.py::test_loss_mask_and_gradients_equal_the_formula[sequence-plain]",
+    ),
+    Mutation(
+        "the gradient forgets the scale of the logits",
+        "linear_loss.py",
+        "factor_K1 = self.head.scale / total_K1",
+        "factor_K1 = 1.0 / total_K1",
+        "test_linear_loss.py::test_loss_mask_and_gradients_equal_the_formula[clm-scale]",
+    ),
+    Mutation(
+        "the gradient forgets the cap of the logits",
+        "linear_loss.py",
+        "grad_KV *= self.slope_RV[kept_K]",
+        "pass",
+        "test_linear_loss.py::test_loss_mask_and_gradients_equal_the_formula[clm-cap]",
     ),
     Mutation(
         "the reference scores in train mode",

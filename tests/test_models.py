@@ -8,8 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from rho.errors import ConfigError
-from rho.models import ModelConfig, ends_documents, make_model, save_model, source_hash
+from rho.errors import ConfigError, MismatchError
+from rho.models import (
+    ModelConfig,
+    check_head,
+    ends_documents,
+    head,
+    hidden_states,
+    make_model,
+    save_model,
+    source_hash,
+)
+from rho.objective import token_entropy, token_labels, token_loss
+from rho.score import score_batch
 
 
 @pytest.mark.parametrize(
@@ -67,3 +78,28 @@ def test_the_content_hash_is_that_of_weights_and_config_wherever_they_are(archit
     (tmp_path / "b" / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"not a model folder: expected config[.]json and weights"):
         source_hash(ModelConfig(path=str(tmp_path / "b")))
+
+
+SCALED_AND_CAPPED = {
+    "granite": {"logits_scaling": 8.0, "initializer_range": 0.5},
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"final_logit_softcapping": 0.5, "head_dim": 8, "initializer_range": 0.5},
+    "hyperclovax": {"logits_scaling": 8.0},
+}
+
+
+@pytest.mark.parametrize(("kind", "settings"), SCALED_AND_CAPPED.items(), ids=SCALED_AND_CAPPED)
+def test_scaled_and_capped_logits_are_known_or_refused(architecture: dict, kind: str, settings: dict) -> None:
+    model = make_model(ModelConfig(architecture={**architecture, "model_type": kind, **settings}), 50)
+    if kind == "hyperclovax":  # multiplies by what Granite of the same name divides by
+        with pytest.raises(MismatchError, match="scales, caps or mixes them in a way rho does not know"):
+            check_head(model)
+        return
+    check_head(model)
+    ids, positions = torch.arange(10).view(2, 5), torch.arange(5).expand(2, 5)
+    loss, entropy = score_batch(model, {"input_ids": ids, "position_ids": positions}, entropy=True)
+    logits, labels = model(ids).logits, token_labels(ids, positions)
+    torch.testing.assert_close(loss, token_loss(logits, labels), equal_nan=True)
+    torch.testing.assert_close(entropy, token_entropy(logits, labels), equal_nan=True)
+    plain = head(model)._replace(scale=1.0, cap=None).logits(hidden_states(model, ids, positions))
+    assert not torch.allclose(plain, logits, rtol=0.1)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from rho.corpus import Corpus
 from rho.data import RowOrder, TrainingBlocks, collate
 from rho.errors import ConfigError, DataError, MismatchError, RhoError
-from rho.models import ModelConfig, check_head, check_isolation, make_model
+from rho.models import ModelConfig, check_isolation, make_model
 from rho.objective import excess_loss, select_top, token_loss
 from rho.score import ScoreConfig, score_corpus
 from rho.selection import Selector
@@ -262,21 +262,6 @@ def test_a_weak_reference_is_refused_with_both_losses_and_can_be_allowed(
     assert "going on as asked" in capsys.readouterr().err
 
 
-def test_a_model_that_scales_its_logits_is_refused() -> None:
-    settings = {
-        "vocab_size": 50,
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    model = GraniteForCausalLM(
-        GraniteConfig(**settings, num_key_value_heads=2, logits_scaling=8.0, initializer_range=1.0)
-    )
-    with pytest.raises(MismatchError, match="scales or caps its logits"):
-        check_head(model)
-
-
 def test_an_unknown_training_argument_is_named() -> None:
     with pytest.raises(ValueError, match="learning_rte: no field of transformers"):
         config(arguments={"learning_rte": 1.0})
@@ -297,12 +282,6 @@ def test_isolated_documents_need_a_model_that_keeps_them_apart(architecture: dic
     check_isolation(leaky, False)
     with pytest.raises(MismatchError, match="see each other"):
         check_isolation(leaky, True)
-
-
-def test_a_capped_head_is_refused_by_name_however_small_its_logits(architecture: dict) -> None:
-    capped = make_model(ModelConfig(architecture={**architecture, "model_type": "gemma2", "head_dim": 8}), 50)
-    with pytest.raises(MismatchError, match="final_logit_softcapping"):
-        check_head(capped)
 
 
 @pytest.mark.parametrize(

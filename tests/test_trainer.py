@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers import trainer as trainer_module
 
+from rho import linear_loss
 from rho.corpus import Corpus
 from rho.data import RowOrder, TrainingBlocks, collate
 from rho.durable import HOOKS, DurableTrainer
@@ -254,6 +255,7 @@ EXAMPLES = {
     "entropy-dataset": (Selector("ref_entropy", 0.5, "dataset"), None),
     "retention": (Selector("excess", 0.5, retention=0.3), None),
     "softmax": (Selector("excess", 0.5, weighting="softmax"), None),
+    "sigmoid-batch": (Selector("excess", 0.5, "batch", weighting="sigmoid"), None),
     "union": (Selector("loss", 0.3, "step", second=Selector("ref_loss", 0.3, "step"), combine="union"), None),
 }
 
@@ -262,6 +264,20 @@ EXAMPLES = {
 def test_a_step_equals_the_formula(fake_trainer: SelectiveTrainer, selector: Selector, threshold: float | None) -> None:
     for seed in range(5):
         compare(fake_trainer, selector, seed, 2, threshold)
+
+
+@pytest.mark.parametrize("chunk", [7, 2])  # less than a micro-batch; less than a row
+@pytest.mark.parametrize(("selector", "threshold"), EXAMPLES.values(), ids=EXAMPLES)
+def test_a_step_equals_the_formula_however_few_rows_pass_the_head_at_once(
+    fake_trainer: SelectiveTrainer,
+    selector: Selector,
+    threshold: float | None,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear_loss, "CHUNK_CPU", chunk)
+    for seed in range(5):
+        compare(fake_trainer, selector, seed, 4, threshold)
 
 
 ratios = st.one_of(st.floats(0.02, 1.0), st.sampled_from([0.1, 0.5, 0.6, 1.0]))

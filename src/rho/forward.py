@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rho.distributed import all_gather, rank
-from rho.linear_loss import linear_loss_sum, linear_token_loss
+from rho.linear_loss import selective_linear_loss
 from rho.models import head, hidden_states
 from rho.objective import IGNORE_INDEX, predictors
 from rho.selection import Selector
@@ -46,45 +46,39 @@ def selective_forward(selector: Selector) -> Callable[..., dict[str, Tensor]]:
     ) -> dict[str, Tensor]:
         active = selector.at(step) if model.training else CLM
         columns = {n: v for n, v in (("ref_loss", ref_loss), ("ref_entropy", ref_entropy)) if v is not None}
-        hidden_ND = predictors(hidden_states(model, input_ids, position_ids)).flatten(0, 1)
-        weight, bias = head(model)
+        hidden_BTD = predictors(hidden_states(model, input_ids, position_ids))
         eligible = active.eligible(labels, columns)
 
-        def losses(where: Tensor) -> Tensor:
-            wanted = labels.masked_fill(~where, IGNORE_INDEX).flatten()
-            return linear_token_loss(hidden_ND, weight, wanted, bias)[0].view_as(labels)
+        def scores(loss: Tensor | None, part: slice = slice(None)) -> list[Tensor]:
+            own = {name: column[part] for name, column in columns.items()}
+            blocks = None if block is None else block[part]
+            return [one.scores(loss, own, blocks, labels.shape[1], step) for one in active.parts]
 
-        loss = None if active.static or selected is not None else losses(eligible)
-        out: dict[str, Tensor] = {"eligible": eligible}
-        if selected is None and active.selective:
-            scores = [part.scores(loss, columns, block, labels.shape[1], step) for part in active.parts]
+        def choose(part: slice, loss: Tensor | None, seen: Tensor, everything: bool) -> Tensor:
             if active.weighting != "mask":
-                selected = eligible
-                row_weight = active.soft_weights(scores[0], eligible)
-            elif active.scope == "step" or (active.scope == "running" and threshold is None):
-                selected = active.select_step([scores], [eligible], all_gather, rank())[0]
-            else:
-                selected = active.select(scores, eligible, threshold)
-        elif selected is None:
+                if not everything:  # the weights of a few tokens say nothing about those of all
+                    return torch.zeros(seen.shape, device=seen.device)
+                return active.soft_weights(scores(loss, part)[0], seen)
+            if everything and (active.scope == "step" or (active.scope == "running" and threshold is None)):
+                return active.select_step([scores(loss)], [seen], all_gather, rank())[0]
+            return active.select(scores(loss, part), seen, threshold)
+
+        if selected is None and not active.selective:
             selected = eligible
-        if active.weighting == "mask":
-            row_weight = selected.float()
-            if rest_weight is not None:
-                row_weight = torch.where(eligible & ~selected, rest_weight.float(), row_weight)
-        rows = row_weight.flatten().nonzero().squeeze(-1)
-        weighted = active.weighting != "mask" or rest_weight is not None
-        loss_sum, row_loss = linear_loss_sum(
-            hidden_ND.index_select(0, rows),
-            weight,
-            labels.flatten()[rows],
-            bias,
-            row_weight.flatten()[rows] if weighted else None,
+        elif selected is None and active.static and active.weighting == "mask":
+            selected = choose(slice(None), None, eligible, True)
+        loss_sum, loss, chosen = selective_linear_loss(
+            hidden_BTD,
+            head(model),
+            labels.masked_fill(~eligible, IGNORE_INDEX),
+            choose if selected is None else lambda part, _loss, seen, _all: selected[part] & seen,
+            "sequence" if active.scope == "sequence" or selected is not None else "batch",
+            0.0 if rest_weight is None else rest_weight,
         )
-        if loss is None:  # for the log alone
-            loss = losses(eligible & (row_weight == 0))
-            loss.view(-1)[rows] = row_loss
+        out = {"loss": loss_sum, "token_loss": loss, "eligible": eligible}
+        out["selected"] = chosen if chosen.dtype == torch.bool else eligible
         if active.scope == "running" and active.selective:  # what its threshold follows
-            out["score"] = active.scores(loss, columns, block, labels.shape[1], step)
-        return out | {"loss": loss_sum, "token_loss": loss, "selected": selected}
+            out["score"] = scores(loss)[0]
+        return out
 
     return forward

@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from rho.errors import ConfigError, MismatchError
+from rho.linear_loss import Head
 from rho.runs import MANIFEST, hash_file, hash_json
 
 disable_progress_bar()  # of loading and saving: seconds, beside the stages' own bars
@@ -61,8 +62,8 @@ class ModelConfig(BaseModel):
         return self
 
 
-# A capped or scaled head looks like a plain one as long as its logits are small, so these are refused by name.
-LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+# What a config calls the soft cap of its logits. A capped head looks like a plain one as long as its logits are small.
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -157,8 +158,16 @@ def plain(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """The head's weight_VD and bias_V (or None), with what peft adds to it where the head is tuned."""
+def head(model: PreTrainedModel) -> Head:
+    """What makes logits of `hidden_states`, with what peft adds to it where the head is tuned."""
+    config = plain(model).config
+    caps = [cap for name in LOGIT_CAPS if (cap := getattr(config, name, None)) is not None]
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    weight, bias = _weight_and_bias(model)
+    return Head(weight, bias, float(scale), float(caps[0]) if caps else None)
+
+
+def _weight_and_bias(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     layer: Any = plain(model).get_output_embeddings()
     if hasattr(layer, "modules_to_save"):
         layer = layer.modules_to_save[layer.active_adapters[0]]
@@ -219,31 +228,22 @@ def _check_adapted_head(model: Any, lora: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits are not `hidden @ weight.T + bias`: some scale or cap them, silently wrong here.
+    """Refuse a model whose logits are not those that `head` makes of `hidden_states`: its losses would be wrong here.
 
     Raises:
         MismatchError: with the largest difference seen.
     """
-    config = plain(model).config
-    for setting in LOGIT_SETTINGS:
-        if getattr(config, setting, None) not in (None, 1.0):
-            raise MismatchError(
-                f"{type(model).__name__}: its config's {setting} ({getattr(config, setting)}) scales or caps its "
-                "logits, which rho does not support yet."
-            )
-    ids = torch.arange(8, device=model.device)[None] % config.vocab_size
+    ids = torch.arange(8, device=model.device)[None] % plain(model).config.vocab_size
     was_training = model.training
     model.eval()
     logits = model(input_ids=ids, use_cache=False).logits.float()
-    weight, bias = head(model)
-    own = hidden_states(model, ids, torch.arange(8, device=model.device)[None]) @ weight.T
-    own = (own if bias is None else own + bias).float()
+    own = head(model).logits(hidden_states(model, ids, torch.arange(8, device=model.device)[None]))
     model.train(was_training)
-    difference = (logits - own).abs().max().item()
-    if not difference <= 1e-2 * max(1.0, logits.abs().max().item()):
+    difference, largest = (logits - own).abs().max().item(), logits.abs().max().item()
+    if not difference <= 2e-2 * largest:
         raise MismatchError(
-            f"{type(model).__name__}: its logits differ from hidden states times head by up to {difference:.3g}: it "
-            "scales or caps its logits, which rho does not support yet."
+            f"{type(model).__name__}: its logits (up to {largest:.3g}) differ from those of its head by up to "
+            f"{difference:.3g}: it scales, caps or mixes them in a way rho does not know. Take another model."
         )
 
 

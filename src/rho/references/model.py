@@ -94,8 +94,7 @@ def score_batch(model: PreTrainedModel, batch: dict[str, Tensor], entropy: bool 
     input_ids, position_ids = batch["input_ids"].to(where), batch["position_ids"].to(where)
     labels = token_labels(input_ids, position_ids)
     hidden = predictors(hidden_states(model, input_ids, position_ids)).flatten(0, 1)
-    weight, bias = head(model)
-    loss, entropies = linear_token_loss(hidden, weight, labels.flatten(), bias, entropy=entropy)
+    loss, entropies = linear_token_loss(hidden, head(model), labels.flatten(), entropy=entropy)
     if entropies is None:
         entropies = torch.full_like(loss, torch.nan)
     return loss.view_as(labels), entropies.view_as(labels)
