@@ -230,3 +230,9 @@ def test_columns_are_plain_parquet_lists(store):
     schema = pq.read_schema(store / "train-0.parquet")
     assert schema.field("ids").type == pa.list_(pa.int32())
     assert schema.field("loss").type == pa.list_(pa.float16())
+
+
+def test_half_precision_losses_take_no_more_than_they_are(tmp_path):
+    losses = np.random.default_rng(0).gamma(1.5, 2.0, (256, 256)).astype(np.float16)
+    write_shard(tmp_path / "a.parquet", {"ref_loss": losses})
+    assert (tmp_path / "a.parquet").stat().st_size <= losses.nbytes
