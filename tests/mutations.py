@@ -155,14 +155,14 @@ MUTATIONS = [
     ),
     Mutation(
         "the reference scores in train mode",
-        "score.py",
+        "references/model.py",
         "return model.to(device()).eval().requires_grad_(False)",
         "return model.to(device()).train().requires_grad_(False)",
         FROZEN,
     ),
     Mutation(
         "the reference receives gradients",
-        "score.py",
+        "references/model.py",
         "return model.to(device()).eval().requires_grad_(False)",
         "return model.to(device()).eval()",
         FROZEN,

@@ -117,7 +117,7 @@ def test_what_is_wrong_with_the_input_ends_all_workers_with_one_error(
         broken.model.norm.weight.fill_(torch.nan)
     save_model(broken, tmp_path / "broken")
     how = {"workers": 2}
-    with pytest.raises(MismatchError, match="differ from hidden states times head by up to nan"):
+    with pytest.raises(MismatchError, match=r"logits \(up to nan\) differ from those of its head"):
         score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(tmp_path / "broken")), tmp_path / "x", **how)
     assert multiprocessing.active_children() == []
 
