@@ -93,6 +93,16 @@ def test_float16_columns_are_the_float32_ones_rounded(
         np.testing.assert_array_equal(half[name], full[name].astype(np.float16))
 
 
+def test_without_entropies_the_losses_are_the_same(corpus: Path, reference: Path, scores: Path, tmp_path: Path) -> None:
+    config = ScoreConfig(dtype="float32", entropy=False)
+    score_corpus(config, Corpus(corpus), ModelConfig(path=str(reference)), tmp_path)
+    found, known = ScoreStore(tmp_path), ScoreStore(scores)
+    assert found.columns == ["ref_loss"]
+    for block in range(len(found)):
+        one, other = (store.row(block, ("ref_loss",))["ref_loss"] for store in (found, known))
+        np.testing.assert_array_equal(one, other)
+
+
 def test_the_reference_is_scored_frozen_and_in_eval_mode(corpus: Path, architecture: dict, tmp_path: Path) -> None:
     text = Corpus(corpus)
     noisy = make_model(ModelConfig(architecture={**architecture, "attention_dropout": 0.5}), text.vocab_size)

@@ -173,6 +173,9 @@ def score(
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens that the reference reads at once; else a block.")] = None,
     overlap: Annotated[int | None, typer.Option(help="Of these, read again in the next window; else half.")] = None,
+    entropy: Annotated[
+        bool, typer.Option(help="Store the entropies too; most selections need the losses alone.")
+    ] = True,
     compile: Annotated[bool, typer.Option(help="Compile the reference.")] = False,
     workers: Annotated[int, typer.Option(help="Processes: one for each accelerator, or sharing the CPU.")] = 1,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Who runs the workers.")] = "local",
@@ -187,7 +190,7 @@ def score(
     from rho.score import ScoreConfig, score_corpus
 
     settings = {"dtype": dtype, "precision": precision, "batch_size": batch_size}
-    settings |= {"context": context, "overlap": overlap, "compile": compile}
+    settings |= {"context": context, "overlap": overlap, "entropy": entropy, "compile": compile}
     config = validated(ScoreConfig, settings, "rho score")
     held_out = Corpus(target, "validation") if target else None
     task = (task_index, num_tasks)

@@ -23,7 +23,7 @@ from rho.objective import IGNORE_INDEX
 # Rows of logits alive at once. Every chunk rewrites the head's gradient, so few rows cost more than they save.
 CHUNK_CPU, CHUNK = 512, 4096
 CHUNK_CPU_SCORING = 128  # without a gradient: small beside a small model's weights
-CACHED = 1 << 18  # logits that a CPU core's cache holds: what is done to them element by element is done in such blocks
+CACHED = 1 << 17  # logits that a CPU core's cache holds: what is done to them element by element is done in such blocks
 
 
 class Head(NamedTuple):
@@ -185,6 +185,7 @@ class _HeadPass:
         self.exp_RV = hidden_ND.new_empty(chunk, len(self.weight_VD), dtype=_accumulate(hidden_ND))
         # d capped / d logit, which the capped logits alone do not give back
         self.slope_RV = torch.empty_like(self.exp_RV) if any(needs) and head.cap is not None else None
+        self.scratch_RV: Tensor | None = None
         wide = self.exp_RV.dtype
         self.grad_hidden_ND = torch.zeros_like(hidden_ND) if needs[0] else None
         self.grad_weight_VD = torch.zeros_like(head.weight_VD, dtype=wide) if needs[1] else None
@@ -205,13 +206,19 @@ class _HeadPass:
             logits = self._finish(logits_RV[part], part)
             target = logits.gather(-1, labels_R1[part])
             top = logits.amax(-1, keepdim=True)
-            exp = logits.sub_(top).exp_() if entropy_N is None else logits.sub_(top).exp()
+            exp = torch.exp(logits.sub_(top), out=logits if entropy_N is None else self._scratch(logits))
             total = exp.sum(-1, keepdim=True)
             self.total_R1[part] = total
             loss_R[part] = (total.log() + (top - target)).squeeze(-1)
             if entropy_N is not None:
                 entropy_N[rows_R[part]] = (total.log() - exp.mul_(logits).sum(-1, keepdim=True) / total).squeeze(-1)
         return loss_R
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        """Room for as many logits, used again: on a CPU, new memory costs more than what is done in it."""
+        if self.scratch_RV is None:
+            self.scratch_RV = torch.empty_like(like)
+        return self.scratch_RV[: len(like)]
 
     def _finish(self, product: Tensor, part: slice) -> Tensor:
         """Logits, in place of `hidden @ weight.T`."""

@@ -60,6 +60,7 @@ class ScoreConfig(BaseModel):
         batch_size: blocks a forward.
         context: the reference's tokens that it reads at once; as many as a block has, if not given. See `windows`.
         overlap: of these, tokens that are read for the second time, where windows overlap; half of them if not given.
+        entropy: whether `ref_entropy` is stored besides `ref_loss`: twice the size, and a few percent of the time.
         compile: whether the reference's backbone is compiled.
     """
 
@@ -70,6 +71,7 @@ class ScoreConfig(BaseModel):
     batch_size: int = Field(8, ge=1)
     context: int | None = Field(None, ge=2)
     overlap: int | None = Field(None, ge=1)
+    entropy: bool = True
     compile: bool = False
 
     def of(self, block_length: int) -> ScoreConfig:
@@ -312,8 +314,9 @@ def load_scorer(
             model.base_model.compile()
 
         def scorer(batch: Batch) -> dict[str, Tensor]:
-            loss_BT, entropy_BT = score_batch(model, batch, entropy=True)
-            return {"ref_loss": loss_BT.cpu(), "ref_entropy": entropy_BT.cpu()}
+            loss_BT, entropy_BT = score_batch(model, batch, entropy=config.entropy)
+            columns = {"ref_loss": loss_BT, "ref_entropy": entropy_BT} if config.entropy else {"ref_loss": loss_BT}
+            return {name: column.cpu() for name, column in columns.items()}
 
     in_parts = in_windows(scorer, config.context, config.overlap)
     return in_parts if tokenizer is None else mapped(in_parts, corpus.tokenizer, tokenizer, corpus.isolated)
