@@ -137,6 +137,24 @@ def test_a_shard_that_changed_before_the_end_is_noticed_and_scored_anew(
     assert content(tmp_path / "store") == content(alone)
 
 
+@pytest.mark.parametrize("damage", ["flip", "cut", "other JSON"])
+def test_a_damaged_receipt_only_costs_its_shard(
+    damage: str, alone: Path, corpus: Path, reference: Path, tmp_path: Path
+) -> None:
+    for index in (0, 1):
+        score(corpus, reference, tmp_path / "store", task=(index, 3))
+    for name in ("target", Corpus(corpus).shards[1]["file"]):
+        receipt = tmp_path / "store" / f".{name}.json"
+        whole = receipt.read_bytes()
+        digit = max(place for place, byte in enumerate(whole) if chr(byte).isdigit())
+        flipped = bytearray(whole)
+        flipped[digit] ^= 1
+        receipt.write_bytes({"flip": bytes(flipped), "cut": whole[:20], "other JSON": b"[1]"}[damage])
+    score(corpus, reference, tmp_path / "store", task=(0, 3))
+    score(corpus, reference, tmp_path / "store")
+    assert content(tmp_path / "store") == content(alone)
+
+
 @pytest.mark.parametrize("how", [{"task": (2, 2)}, {"task": (-1, 2)}, {"workers": 0}])
 def test_an_impossible_share_of_the_work_is_refused(how: dict, corpus: Path, reference: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected 0 <= index < number, and a worker"):

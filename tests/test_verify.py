@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rho.errors import DataError
+from rho.runs import read_manifest
 from rho.verify import verify
 
 
@@ -55,6 +56,16 @@ def test_swapped_and_missing_files_are_named(scores: Path, tmp_path: Path) -> No
     found = wrong(tmp_path)["scores"]
     assert [line.partition(":")[0] for line in found] == [a.name, b.name, c.name]
     assert found[2] == f"{c.name}: No such file or directory"
+
+
+def test_a_shard_that_is_not_among_the_outputs_is_named(scores: Path, tmp_path: Path) -> None:
+    shutil.copytree(scores, tmp_path / "scores")
+    made = read_manifest(tmp_path / "scores")
+    left_out = made.facts["shards"][0]["file"]
+    del made.outputs[left_out]
+    made.write(tmp_path / "scores")
+    [line] = wrong(tmp_path)["scores"]
+    assert line == f"{left_out}: its hash among the shards is not the one among the outputs"
 
 
 def test_a_folder_of_something_else_is_no_success(tmp_path: Path) -> None:

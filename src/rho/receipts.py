@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rho.runs import hash_file, load_manifest, write_json
+from rho.runs import hash_file, hash_json, load_manifest, write_json
 
 TARGET = "target"  # a piece of work that is no shard
 QUARANTINED = "quarantined"  # blocks of a shard that have tokens without a score
@@ -44,19 +44,23 @@ def quarantine_path(folder: Path, shard: str) -> Path:
     return folder / f"{shard.removesuffix('.parquet')}.quarantine.json"
 
 
-def write_receipt(folder: Path, shard: str, **facts: Any) -> None:
-    """Note that a shard is written: its hash and size, and what else is to be known of it."""
-    path = folder / shard
-    file = {"sha256": hash_file(path), "bytes": path.stat().st_size}
-    write_json(receipt_path(folder, shard), {**file, **facts})
+def write_receipt(folder: Path, name: str, **facts: Any) -> None:
+    """Note that a piece of work is done: of a shard its hash and size, and what else is to be known of it."""
+    if name != TARGET:
+        path = folder / name
+        facts = {"sha256": hash_file(path), "bytes": path.stat().st_size, **facts}
+    write_json(receipt_path(folder, name), {"of": hash_json(facts), "facts": facts})
 
 
 def receipt(folder: Path, name: str) -> dict[str, Any] | None:
     """What was noted when a piece of work was finished. None if it is still to be done, or what it made is gone."""
     try:
-        found: dict[str, Any] | None = json.loads(receipt_path(folder, name).read_bytes())
+        note = json.loads(receipt_path(folder, name).read_bytes())
+        found: dict[str, Any] | None = note["facts"] if note["of"] == hash_json(note["facts"]) else None
     except FileNotFoundError:
         found = _in_manifest(folder, name)
+    except (ValueError, TypeError, KeyError):
+        found = None  # damaged: the work is done again
     if found is None or name == TARGET:
         return found
     shard = folder / name

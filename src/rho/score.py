@@ -187,7 +187,7 @@ class _Job:
             with claim(self.out, TARGET) as mine:
                 if mine:
                     loss = mean_of(scorer(), Corpus(self.target, "validation"), self.config.batch_size)
-                    write_json(receipt_path(self.out, TARGET), {"loss": loss.nats_per_token})
+                    write_receipt(self.out, TARGET, loss=loss.nats_per_token)
         shards = [*self.shards[worker:], *self.shards[:worker]]
         while left := [shard for shard in shards if not receipt(self.out, shard["file"])]:
             held = True

@@ -36,6 +36,10 @@ def _wrong(stage: Path) -> list[str]:
     for name, recorded in manifest.outputs.items() if manifest else ():
         if found := damage_of(stage / name, recorded):
             wrong.append(f"{name}: {found}")
+    listed = manifest.outputs if manifest else {}
+    for shard in manifest.facts.get("shards", ()) if manifest else ():
+        if listed.get(shard["file"], {}).get("sha256") != shard["sha256"]:
+            wrong.append(f"{shard['file']}: its hash among the shards is not the one among the outputs")
     for checkpoint in checkpoints(stage / "checkpoints"):
         wrong += [f"checkpoints/{checkpoint.name}/{line}" for line in damage(checkpoint)]
     return wrong
