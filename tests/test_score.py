@@ -24,7 +24,7 @@ from rho.references.model import load_reference, mean_loss, score_batch
 from rho.score import ScoreConfig, score_corpus
 from rho.store import ScoreStore
 from rho.tokenizer import Tokenizer
-from rho.tokens import token_rows
+from rho.tokens import summary, token_rows
 
 COLUMNS = ("ref_loss", "ref_entropy")
 
@@ -206,6 +206,7 @@ def test_a_block_without_a_score_is_put_into_quarantine_and_too_many_end_the_job
     assert listed["where"].startswith(f"block 43 of {corpus}/train-00001.parquet (documents doc-")
     store = ScoreStore(tmp_path)
     assert [shard["quarantined"] for shard in store.shards] == [0, 1, *[0] * (len(store.shards) - 2)]
+    assert summary(store)["quarantined_blocks"] == 1
     assert np.isnan(store.row(43, ("ref_loss",))["ref_loss"]).tolist() == [n in (0, 5) for n in range(16)]
     assert not np.isnan(store.row(42, ("ref_loss",))["ref_loss"][1:]).any()
     # The list is part of the store: without it the shard is scored anew.

@@ -41,6 +41,7 @@ def summary(store: ScoreStore) -> dict[str, Any]:
         "blocks": len(store),
         "tokens": tokens,
         "shards": len(store.shards),
+        "quarantined_blocks": sum(shard.get("quarantined", 0) for shard in store.shards),
         "bytes_per_token": round(size / max(tokens, 1), 2),
         "target_loss": manifest.facts.get("target_loss"),
         "corpus": manifest.inputs["corpus"],
