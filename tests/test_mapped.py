@@ -20,6 +20,7 @@ from rho.references.align import byte_spans
 from rho.references.mapped import mapped, start_of_text
 from rho.references.model import score_batch
 from rho.references.scorer import in_windows
+from rho.runs import hash_json
 from rho.score import ScoreConfig, score_corpus
 from rho.store import ScoreStore
 from rho.tokenizer import Tokenizer
@@ -111,6 +112,14 @@ def test_rows_of_a_batch_don_t_change_each_other(architecture: dict) -> None:
         assert together[:, 2:].isfinite().all()
 
 
+def test_text_that_the_reference_knows_nothing_of_is_told_apart() -> None:
+    model, reference = tokenizer("byte-level, small"), tokenizer("word piece")
+    row = row_of(model, ["\n\n The"])
+    row = {name: column[:, :2] for name, column in row.items()}  # the block's edge: only line ends are left of it
+    found = mapped(by_id([]), model, reference, False)(row)
+    assert found["unread"].tolist() == [[True, True]] and found["ref_loss"].isnan().all()
+
+
 def test_what_a_tokenizer_puts_before_a_text_begins_what_is_read() -> None:
     plain = Tokenizer(byte_level(0), EOS)
     assert start_of_text(plain) == plain.eos_id
@@ -138,7 +147,8 @@ def test_a_reference_with_another_tokenizer_scores_a_corpus(corpus: Path, other:
     made = score_corpus(
         ScoreConfig(dtype="float32", context=12), text, model, tmp_path / "s", Corpus(corpus, "validation"), str(other)
     )
-    assert made.inputs["reference_tokenizer"] == Tokenizer.load(other).fingerprint
+    own = Tokenizer.load(other)
+    assert made.inputs["reference_tokenizer"] == hash_json([own.fingerprint, own.eos_id])
     assert (made.config["context"], made.config["overlap"]) == (12, 6)
     store = ScoreStore(tmp_path / "s")
     store.check_corpus(text)

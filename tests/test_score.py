@@ -23,7 +23,7 @@ from rho.references.api import ApiConfig, ApiReference
 from rho.references.model import load_reference, mean_loss, score_batch
 from rho.score import ScoreConfig, score_corpus
 from rho.store import ScoreStore
-from rho.tokenizer import Tokenizer
+from rho.tokenizer import Tokenizer, train_tokenizer
 from rho.tokens import summary, token_rows
 
 COLUMNS = ("ref_loss", "ref_entropy")
@@ -152,6 +152,64 @@ def test_a_reference_with_another_tokenizer_is_refused_and_both_are_named(
     file.write_text(json.dumps(changed))
     with pytest.raises(MismatchError, match=rf"tokenizers differ: .*packed.*{tmp_path / 'other'}"):
         score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(tmp_path / "other")), tmp_path / "out")
+
+
+def test_a_reference_whose_tokenizer_lacks_the_corpus_s_end_token_is_refused(
+    corpus: Path, architecture: dict, tmp_path: Path
+) -> None:
+    save_model(make_model(ModelConfig(architecture=architecture), 300), tmp_path / "other")
+    renamed = (corpus / "tokenizer" / "tokenizer.json").read_text().replace("<|endoftext|>", "</s>")
+    (tmp_path / "other" / "tokenizer.json").write_text(renamed)
+    with pytest.raises(MismatchError, match=r"ends its documents with <\|endoftext\|>, which .*other does not know"):
+        score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(tmp_path / "other")), tmp_path / "out")
+
+
+def test_a_target_of_another_tokenizer_is_refused_and_one_of_other_blocks_is_read_as_it_is(
+    text_file: Path, corpus: Path, reference: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    model = ModelConfig(path=str(reference))
+    settings = CorpusConfig(sources=[str(text_file)], block_length=64, isolated=True, heldout_fraction=0.5)
+    build_corpus(settings, Tokenizer.load(tokenizer_folder), tmp_path / "wide")
+    wide = Corpus(tmp_path / "wide", "validation")
+    made = score_corpus(ScoreConfig(), Corpus(corpus), model, tmp_path / "s", wide)
+    expected = mean_loss(load_reference(model, wide), wide).nats_per_token
+    assert made.facts["target_loss"] == pytest.approx(expected, rel=1e-6)
+    train_tokenizer([str(text_file)], 280, tmp_path / "tokenizer")
+    build_corpus(settings, Tokenizer.load(tmp_path / "tokenizer" / "tokenizer"), tmp_path / "other")
+    with pytest.raises(MismatchError, match=rf"tokenizers differ: {corpus} .*the target {tmp_path / 'other'}"):
+        score_corpus(ScoreConfig(), Corpus(corpus), model, tmp_path / "x", Corpus(tmp_path / "other", "validation"))
+
+
+def test_the_advice_to_read_in_windows_may_be_followed_in_the_same_folder(
+    corpus: Path, architecture: dict, tmp_path: Path
+) -> None:
+    short = {**architecture, "max_position_embeddings": 8}
+    save_model(make_model(ModelConfig(architecture=short), 300), tmp_path / "short")
+    model = ModelConfig(path=str(tmp_path / "short"))
+    with pytest.raises(MismatchError, match="in windows with --context 8"):
+        score_corpus(ScoreConfig(), Corpus(corpus), model, tmp_path / "out")
+    score_corpus(ScoreConfig(context=8), Corpus(corpus), model, tmp_path / "out")
+    assert np.isfinite(ScoreStore(tmp_path / "out").row(0, ("ref_loss",))["ref_loss"][1:]).all()
+
+
+def test_two_jobs_with_other_settings_never_share_a_store(
+    corpus: Path, reference: Path, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins before the first has finished anything: the manifest is the second's from then on."""
+    model, real = ModelConfig(path=str(reference)), rho.score.load_scorer
+
+    def second_begins(*args: Any) -> Any:
+        monkeypatch.setattr(rho.score, "load_scorer", real)
+        (tmp_path / "manifest.json").unlink()
+        score_corpus(ScoreConfig(dtype="float32"), Corpus(corpus), model, tmp_path, task=(1, 2))
+        return real(*args)
+
+    monkeypatch.setattr(rho.score, "load_scorer", second_begins)
+    with pytest.raises(MismatchError, match="another job, with other settings, writes here now"):
+        score_corpus(ScoreConfig(dtype="float16"), Corpus(corpus), model, tmp_path)
+    score_corpus(ScoreConfig(dtype="float32"), Corpus(corpus), model, tmp_path)
+    for shard in ScoreStore(tmp_path).shards:
+        assert (tmp_path / shard["file"]).read_bytes() == (scores / shard["file"]).read_bytes()
 
 
 def test_a_reference_with_too_small_a_vocabulary_is_refused(corpus: Path, architecture: dict, tmp_path: Path) -> None:

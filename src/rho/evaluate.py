@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Exploration:
     selector: Selector
     combine: CombineReferences = "mean"
     weights: Mapping[str, float] | None = None
+    score: ScoreConfig = field(default_factory=ScoreConfig)  # how the references read
 
 
 def checkpoints_of(train_folder: str | os.PathLike[str], arm: str) -> list[Checkpoint]:
@@ -222,7 +223,7 @@ def _reference_columns(explore: Exploration, batch: dict[str, Tensor]) -> dict[s
     """Loss and entropy of the references, combined."""
     losses, entropies = {}, {}
     for name, (reference, tokenizer) in explore.references.items():
-        scores = load_scorer(ScoreConfig(), reference, explore.corpus, tokenizer, Meter())(batch)
+        scores = load_scorer(explore.score, reference, explore.corpus, tokenizer, Meter())(batch)
         losses[name] = scores["ref_loss"]
         entropies[name] = scores.get("ref_entropy", torch.full_like(losses[name], torch.nan))
     found = {"ref_loss": losses, "ref_entropy": entropies}

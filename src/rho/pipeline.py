@@ -110,10 +110,13 @@ class _Pipeline:
         model = ModelConfig(path=config.path or str(self.folder / reference_folder(name)))
         return Source(config.api or model, config.tokenizer)
 
+    def score_config(self) -> ScoreConfig:
+        return ScoreConfig(**self.config.score.model_dump(exclude={"engine", "workers"}))
+
     def scores(self, name: str) -> None:
         config, source = self.config.score, self.source(name)
         score_corpus(
-            ScoreConfig(**config.model_dump(exclude={"engine", "workers"})),
+            self.score_config(),
             Corpus(self.corpus_folder(self.config.corpus)),
             source.reference,
             self.scores_folder(name),
@@ -163,7 +166,8 @@ class _Pipeline:
         references = {name: self.source(name) for name in self.config.references}
         for name, source in references.items():
             label = reference_folder(name)
-            if isinstance(source.reference, ModelConfig) and source.tokenizer is None:
+            whole = self.config.score.context is None  # one that is read in windows may not read more
+            if isinstance(source.reference, ModelConfig) and source.tokenizer is None and whole:
                 model = finished(str(source.reference.path), label)
                 evaluate(settings, [model], sets, self.folder / "evaluate" / label)
         for seed in self.config.train.seeds:
@@ -175,7 +179,7 @@ class _Pipeline:
                     used = {name: references[name] for name in self.config.references_of(arm)}
                     selection = self.config.train.arm(arm, seed)
                     how = selection.references
-                    explore = Exploration(text, used, selection.selector, how.combine, how.weights)
+                    explore = Exploration(text, used, selection.selector, how.combine, how.weights, self.score_config())
                 evaluate(settings, checkpoints_of(folder, arm), sets, self.folder / "evaluate" / folder.name, explore)
 
     def report(self) -> Path:

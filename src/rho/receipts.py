@@ -22,7 +22,7 @@ FILE = ("sha256", "bytes")
 
 
 @contextmanager
-def claim(folder: Path, name: str) -> Iterator[bool]:
+def claim(folder: Path, name: str, made_from: str) -> Iterator[bool]:
     """Whether this piece of work is ours: not finished, and nobody else is at it. A dead holder's lock is free."""
     lock = FileLock(folder / f".{name}.lock")
     try:
@@ -30,8 +30,10 @@ def claim(folder: Path, name: str) -> Iterator[bool]:
     except Timeout:
         yield False
         return
-    with lock:
-        yield receipt(folder, name) is None
+    try:
+        yield receipt(folder, name, made_from) is None
+    finally:
+        lock.release()
 
 
 def receipt_path(folder: Path, name: str) -> Path:
@@ -44,23 +46,30 @@ def quarantine_path(folder: Path, shard: str) -> Path:
     return folder / f"{shard.removesuffix('.parquet')}.quarantine.json"
 
 
-def write_receipt(folder: Path, name: str, **facts: Any) -> None:
-    """Note that a piece of work is done: of a shard its hash and size, and what else is to be known of it."""
+def write_receipt(folder: Path, name: str, made_from: str, **facts: Any) -> None:
+    """Note that a piece of work is done: of a shard its hash and size, and what else is to be known of it.
+
+    Args:
+        folder: the store.
+        name: of the shard, or `TARGET`.
+        made_from: `Manifest.made_from`: what is done counts only for a job that was asked for the same.
+        facts: JSON values.
+    """
     if name != TARGET:
         path = folder / name
         facts = {"sha256": hash_file(path), "bytes": path.stat().st_size, **facts}
-    write_json(receipt_path(folder, name), {"of": hash_json(facts), "facts": facts})
+    write_json(receipt_path(folder, name), {"of": hash_json([made_from, facts]), "facts": facts})
 
 
-def receipt(folder: Path, name: str) -> dict[str, Any] | None:
+def receipt(folder: Path, name: str, made_from: str) -> dict[str, Any] | None:
     """What was noted when a piece of work was finished. None if it is still to be done, or what it made is gone."""
     try:
         note = json.loads(receipt_path(folder, name).read_bytes())
-        found: dict[str, Any] | None = note["facts"] if note["of"] == hash_json(note["facts"]) else None
+        found: dict[str, Any] | None = note["facts"] if note["of"] == hash_json([made_from, note["facts"]]) else None
     except FileNotFoundError:
-        found = _in_manifest(folder, name)
+        found = _in_manifest(folder, name, made_from)
     except (ValueError, TypeError, KeyError):
-        found = None  # damaged: the work is done again
+        found = None  # damaged, or another job's: the work is done again
     if found is None or name == TARGET:
         return found
     shard = folder / name
@@ -69,9 +78,9 @@ def receipt(folder: Path, name: str) -> dict[str, Any] | None:
     return found if whole and listed else None
 
 
-def _in_manifest(folder: Path, name: str) -> dict[str, Any] | None:
+def _in_manifest(folder: Path, name: str, made_from: str) -> dict[str, Any] | None:
     made = load_manifest(folder)
-    if made is None:
+    if made is None or made.made_from != made_from:
         return None
     if name == TARGET:
         return {"loss": made.facts["target_loss"]} if "target_loss" in made.facts else None

@@ -147,6 +147,11 @@ class Manifest:
         """Content hash: equal exactly when stage, config, inputs, outputs and facts are equal."""
         return hash_json([FORMAT, self.stage, self.config, self.inputs, self.outputs, self.facts])
 
+    @property
+    def made_from(self) -> str:
+        """Content hash of what was asked for: stage, config and inputs."""
+        return hash_json([getattr(self, what) for what in MADE_FROM])
+
     def write(self, folder: Path) -> None:
         """Commit this manifest to `folder`."""
         value = {"format": FORMAT, "fingerprint": self.fingerprint, **vars(self)}
@@ -322,7 +327,8 @@ def _is_fresh(folder: Path, found: Manifest) -> bool:
 
 def _nothing_made(folder: Path, found: Manifest) -> bool:
     """Whether a run failed before its first file: a corrected command may start in the same folder."""
-    return found.status == "running" and not found.outputs and not _files(folder) - {MANIFEST, LOCK}
+    left = {name for name in _files(folder) if not (name.startswith(".") and name.endswith((".lock", ".probe.json")))}
+    return found.status == "running" and not found.outputs and left <= {MANIFEST}
 
 
 def _files(folder: Path) -> set[str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rho.corpus import Corpus
 from rho.engines import POLL_SECONDS, Engine, run_workers
-from rho.errors import ConfigError, DataError, UnscorableError
+from rho.errors import ConfigError, DataError, MismatchError, UnscorableError
 from rho.models import ModelConfig, Precision, model_name, source_hash
 from rho.progress import Advance, say, track
 from rho.receipts import (
@@ -40,10 +40,10 @@ from rho.receipts import (
     write_receipt,
 )
 from rho.references.api import ApiConfig, ApiReference, Meter
-from rho.references.mapped import mapped
+from rho.references.mapped import UNREAD, mapped, start_of_text
 from rho.references.model import load_reference, score_batch
 from rho.references.scorer import Batch, Scorer, batches, in_windows, mean_of
-from rho.runs import Manifest, Stage, hash_json, open_stage, write_json
+from rho.runs import Manifest, Stage, hash_json, load_manifest, open_stage, write_json
 from rho.store import write_shard
 from rho.tokenizer import Tokenizer
 
@@ -129,7 +129,12 @@ def score_corpus(
         MismatchError: the reference has another tokenizer or too small a vocabulary; both sides are named.
         DataError: too many blocks of a shard have no score.
     """
-    config = config.of(corpus.block_length)
+    own, wanted = (text and text.manifest.inputs["tokenizer"][:12] for text in (corpus, target))
+    if target is not None and own != wanted:
+        raise MismatchError(
+            f"the tokenizers differ: {corpus.folder} was made with {own}, the target {target.folder} with {wanted}. "
+            "Build the target with the corpus's tokenizer."
+        )
     inputs = {
         "corpus": corpus.fingerprint,
         "tokenizer": corpus.manifest.inputs["tokenizer"],
@@ -139,13 +144,14 @@ def score_corpus(
     index, number = task
     if not 0 <= index < number or workers < 1:
         raise ConfigError(f"task {index} of {number}, {workers} workers: expected 0 <= index < number, and a worker.")
-    with open_stage(out, "score", config.model_dump(), inputs, shared=True) as stage:
+    with open_stage(out, "score", config.of(corpus.block_length).model_dump(), inputs, shared=True) as stage:
         if stage.fresh:
             return stage.manifest
         shards = corpus.shards[index::number]
         held_out = target.folder if target is not None and index == 0 else None
-        job = _Job(config, corpus.folder, reference, reference_tokenizer, stage.folder, shards, held_out)
-        done = [shard for shard in shards if receipt(stage.folder, shard["file"])]
+        made_from = stage.manifest.made_from
+        job = _Job(config, corpus.folder, reference, reference_tokenizer, stage.folder, made_from, shards, held_out)
+        done = [shard for shard in shards if receipt(stage.folder, shard["file"], made_from)]
         if done:
             say(f"score: going on after {len(done)} of {len(shards)} shards")
         tokens, tokens_done = (sum(s["rows"] for s in some) * corpus.block_length for some in (shards, done))
@@ -167,6 +173,7 @@ class _Job:
     reference: Reference
     reference_tokenizer: str | None
     out: Path
+    made_from: str
     shards: list[dict[str, Any]]
     target: Path | None
 
@@ -184,25 +191,38 @@ class _Job:
             lambda: load_scorer(self.config, self.reference, corpus, self.reference_tokenizer, meter, self.out)
         )
         if self.target is not None:
-            with claim(self.out, TARGET) as mine:
+            with claim(self.out, TARGET, self.made_from) as mine:
                 if mine:
-                    loss = mean_of(scorer(), Corpus(self.target, "validation"), self.config.batch_size)
-                    write_receipt(self.out, TARGET, loss=loss.nats_per_token)
+                    target = Corpus(self.target, "validation")
+                    reader = load_scorer(self.config, self.reference, target, self.reference_tokenizer, meter, self.out)
+                    loss = mean_of(reader, target, self.config.batch_size)
+                    write_receipt(self.out, TARGET, self.made_from, loss=loss.nats_per_token)
         shards = [*self.shards[worker:], *self.shards[:worker]]
-        while left := [shard for shard in shards if not receipt(self.out, shard["file"])]:
+        while left := [shard for shard in shards if not receipt(self.out, shard["file"], self.made_from)]:
             held = True
             for shard in left:
-                with claim(self.out, shard["file"]) as mine:
+                with claim(self.out, shard["file"], self.made_from) as mine:
                     if mine:
+                        self._check_alone()
                         quarantined = _score_shard(self.config, corpus, shard, scorer(), self.out, advance)
-                        write_receipt(self.out, shard["file"], quarantined=quarantined, tokens_sent=meter.take())
+                        facts = {QUARANTINED: quarantined, "tokens_sent": meter.take()}
+                        write_receipt(self.out, shard["file"], self.made_from, **facts)
                         held = False
             if held:
                 time.sleep(POLL_SECONDS)
 
+    def _check_alone(self) -> None:
+        """Another job may have begun here before anything was finished, with other settings."""
+        found = load_manifest(self.out)
+        if found is not None and found.made_from != self.made_from:
+            raise MismatchError(
+                f"{self.out}: another job, with other settings, writes here now. Run one of the two in a folder of its "
+                "own."
+            )
+
     def watch(self, engine: Engine, workers: int, advance: Advance, block_length: int) -> None:
         """Let workers do it."""
-        left = {s["file"]: s["rows"] for s in self.shards if not receipt(self.out, s["file"])}
+        left = {s["file"]: s["rows"] for s in self.shards if not receipt(self.out, s["file"], self.made_from)}
 
         def poll() -> None:
             for file in [file for file in left if receipt_path(self.out, file).is_file()]:
@@ -218,7 +238,7 @@ def _finish(stage: Stage, corpus: Corpus, has_target: bool, reference: str) -> M
         if not unfinished:
             return stage.manifest
         names = [*(s["file"] for s in corpus.shards), *([TARGET] if has_target else [])]
-        receipts = {name: receipt(stage.folder, name) for name in names}
+        receipts = {name: receipt(stage.folder, name, stage.manifest.made_from) for name in names}
         done = {name: found for name, found in receipts.items() if found is not None}
         if missing := len(names) - len(done):
             say(f"score: {missing} of {len(names)} shards are left to the other jobs")
@@ -233,8 +253,9 @@ def _finish(stage: Stage, corpus: Corpus, has_target: bool, reference: str) -> M
                     f"{stage.folder / file}: changed since it was written. Run the same command again: it scores this "
                     "shard anew."
                 )
+            listed = quarantine_path(stage.folder, file)
+            stage.manifest.outputs.pop(listed.name, None)
             if found[QUARANTINED]:
-                listed = quarantine_path(stage.folder, file)
                 stage.add_output(listed.name)
                 say(f"score: {found[QUARANTINED]} blocks of {file} have tokens without a score, in {listed}")
             shards.append({**shard, "sha256": found["sha256"], QUARANTINED: found[QUARANTINED]})
@@ -253,7 +274,7 @@ def _cost(reference: Reference, stage: Stage, shards: list[dict[str, Any]]) -> C
         if not isinstance(reference, ApiConfig):
             return ""
         for shard in shards:
-            if shard["file"] not in known and (found := receipt(stage.folder, shard["file"])):
+            if shard["file"] not in known and (found := receipt(stage.folder, shard["file"], stage.manifest.made_from)):
                 known[shard["file"]] = found.get("tokens_sent", 0)
         sent = sum(known.values())
         price = f" for {reference.price * sent / 1e6:,.2f}" if reference.price is not None else ""
@@ -273,7 +294,11 @@ def identity(reference: Reference, reference_tokenizer: str | None, corpus: Corp
     else:
         found = {"reference": source_hash(reference)}
     other = _other_tokenizer(reference_tokenizer, corpus)
-    return found if other is None else found | {"reference_tokenizer": other.fingerprint}
+    return (
+        found
+        if other is None
+        else found | {"reference_tokenizer": hash_json([other.fingerprint, start_of_text(other)])}
+    )
 
 
 def _other_tokenizer(path: str | None, corpus: Corpus) -> Tokenizer | None:
@@ -329,10 +354,11 @@ def _score_shard(config: ScoreConfig, corpus: Corpus, shard: dict, scorer: Score
     for number, batch in enumerate(batches(corpus, shard, config.batch_size)):
         first = corpus.first_row(shard) + number * config.batch_size
         scores, refused = _scored(scorer, batch)
+        unread = scores.pop(UNREAD, torch.zeros(batch["input_ids"].shape, dtype=torch.bool)).numpy()
         missing = np.zeros(batch["input_ids"].shape, bool)
         for name, scores_BT in scores.items():
             stored = scores_BT.numpy().astype(config.dtype)
-            missing |= (batch["position_ids"].numpy() > 0) & ~np.isfinite(stored)
+            missing |= (batch["position_ids"].numpy() > 0) & ~unread & ~np.isfinite(stored)
             columns.setdefault(name, []).append(np.where(np.isfinite(stored), stored, np.nan))
         for row in np.flatnonzero(missing.any(1)).tolist():
             reason = refused.get(row, "the reference gives these tokens no finite score")

@@ -22,6 +22,8 @@ from rho.references.align import byte_spans, map_losses, recover_text
 from rho.references.scorer import Batch, Scorer
 from rho.tokenizer import Tokenizer
 
+UNREAD = "unread"  # tokens that the reference knows nothing of
+
 
 class _Stretch(NamedTuple):
     """One document's part of a row."""
@@ -36,7 +38,8 @@ def mapped(scorer: Scorer, own: Tokenizer, reference: Tokenizer, isolated: bool)
     """A scorer of batches in the tokens of `own`, made of one that takes the tokens of `reference`.
 
     Its batches hold `document` and `num_bytes` (BT) besides. Entropies are shared out as losses are. NaN where nothing
-    predicts a token, as with the same tokenizer; and where the reference's tokenizer makes nothing of a text.
+    predicts a token, as with the same tokenizer; and where the reference's tokenizer makes nothing of a text (of white
+    space at a row's end, say): the mask `UNREAD` tells of these.
     """
     start_id = start_of_text(reference)
 
@@ -65,7 +68,11 @@ def mapped(scorer: Scorer, own: Tokenizer, reference: Tokenizer, isolated: bool)
         rows = [dict(zip(names, row, strict=True)) for row in zip(*(batch[n].numpy() for n in names), strict=True)]
         ids, documents, stretches = zip(*map(read, rows), strict=True)
         found = scorer(_padded([np.concatenate(one) for one in ids], documents, isolated, start_id))
-        columns = {}
+        unread_BT = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
+        for row, parts in enumerate(stretches):
+            for part in parts:
+                unread_BT[row, part.own] = len(part.ref_spans_M2) == 0
+        columns = {UNREAD: unread_BT}
         for name, read_BM in found.items():
             column_BT = torch.full(batch["input_ids"].shape, torch.nan)
             for row, parts in enumerate(stretches):

@@ -65,8 +65,14 @@ def check_tokenizer(model: ModelConfig, corpus: Corpus, tokenizer: Tokenizer | N
     expected = tokenizer or corpus.tokenizer
     try:
         own = Tokenizer.load(folder if folder.is_dir() else model.path, expected.eos)
-    except ConfigError:
-        return
+    except ConfigError as error:
+        if not folder.is_dir():
+            return  # a name whose tokenizer is not to be had here
+        raise MismatchError(
+            f"the tokenizers differ: {corpus.folder} ends its documents with {expected.eos}, which {model.path} does "
+            f"not know ({error}) Build the corpus with --tokenizer {model.path}, take another model, or (a reference "
+            f"only) have its losses mapped onto the corpus's tokens with --reference-tokenizer {model.path}."
+        ) from error
     if own.fingerprint == expected.fingerprint:
         return
     if tokenizer is None:

@@ -86,8 +86,11 @@ def mean_of(scorer: Scorer, corpus: Corpus, batch_size: int) -> MeanLoss:
     nats, tokens, size = 0.0, 0, 0
     for shard in corpus.shards:
         for batch in batches(corpus, shard, batch_size):
+            scores = scorer(batch)
+            loss_BT = scores["ref_loss"].double()
             labelled = batch["labels"] != IGNORE_INDEX
-            loss_BT = scorer(batch)["ref_loss"].double()
+            if (unread_BT := scores.get("unread")) is not None:
+                labelled &= ~unread_BT
             nats += float(loss_BT[labelled].sum())
             tokens += int(labelled.sum())
             size += int(batch["num_bytes"][labelled].sum())
