@@ -65,6 +65,21 @@ def test_a_new_model_ends_its_text_with_the_corpus_end_token(architecture: dict,
         assert json.loads((tmp_path / "model" / name).read_text())["eos_token_id"] == 7
 
 
+def test_the_content_hash_of_an_adapter_holds_the_weights_that_it_adapts(architecture: dict, tmp_path: Path) -> None:
+    base = make_model(ModelConfig(architecture=architecture), 300)
+    save_model(base, tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    told = json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
+    (tmp_path / "adapter" / "adapter_config.json").write_text(told)
+    before = source_hash(ModelConfig(path=str(tmp_path / "adapter")))
+    assert before == source_hash(ModelConfig(path=str(tmp_path / "adapter")))
+    with torch.no_grad():
+        base.model.norm.weight[0] += 1
+    save_model(base, tmp_path / "base")
+    assert source_hash(ModelConfig(path=str(tmp_path / "adapter"))) != before
+
+
 def test_the_content_hash_is_that_of_weights_and_config_wherever_they_are(architecture: dict, tmp_path: Path) -> None:
     model = make_model(ModelConfig(architecture=architecture), 300)
     for folder in ("a", "b"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from rho.corpus import Corpus, CorpusConfig, build_corpus
 from rho.errors import MismatchError
+from rho.runs import Manifest
 from rho.store import ScoreStore
 from rho.tokenizer import Tokenizer
 from rho.tokens import export, stores_in, summary, token_rows
@@ -48,8 +50,11 @@ def test_a_store_of_another_corpus_is_not_exported(
     assert not (tmp_path / "tokens.parquet").exists()
 
 
-def test_stores_are_found_and_described(scores: Path, reference: Path) -> None:
-    assert stores_in(scores.parent) == [scores]
+def test_stores_are_found_and_described(scores: Path, reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(scores, tmp_path / "finished")
+    (tmp_path / "unfinished").mkdir()
+    Manifest("score", {}, {}).write(tmp_path / "unfinished")
+    assert stores_in(tmp_path) == [tmp_path / "finished"]
     found = summary(ScoreStore(scores))
     assert found["reference"] == str(reference) and found["dtype"] == "float32"
     assert found["tokens"] == 16 * found["blocks"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from difflib import get_close_matches
@@ -135,7 +136,11 @@ def source_hash(config: ModelConfig, seed: int = 0) -> str:
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
     if not weights or not configs:
         raise ConfigError(f"{folder}: not a model folder: expected config.json and weights (*.safetensors).")
-    return hash_json([(file.name, hash_file(file)) for file in sorted([*weights, *configs])])
+    found = [(file.name, hash_file(file)) for file in sorted([*weights, *configs])]
+    if (adapter := folder / "adapter_config.json").is_file():  # the weights that it adapts are elsewhere
+        base = json.loads(adapter.read_bytes()).get("base_model_name_or_path")
+        found.append(("base", source_hash(ModelConfig(path=base)) if base else ""))
+    return hash_json(found)
 
 
 def device() -> torch.device:

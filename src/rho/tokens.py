@@ -93,6 +93,8 @@ def _tables(store: ScoreStore, corpus: Corpus, blocks: int = 64) -> Iterator[pa.
 
 
 def stores_in(folder: str | os.PathLike[str]) -> list[Path]:
-    """Folders of score stores at or below `folder`."""
+    """Folders of finished score stores at or below `folder`."""
     found = sorted(path.parent for path in Path(folder).rglob(MANIFEST))
-    return [path for path in found if (made := load_manifest(path)) is not None and made.stage == "score"]
+    return [
+        path for path in found if (made := load_manifest(path)) and (made.stage, made.status) == ("score", "complete")
+    ]
