@@ -88,7 +88,14 @@ def damages(files: dict[str, bytes], flips: int, cuts: int) -> Iterator[tuple[st
         if number < flips:
             yield file, flipped(content, draw.randrange(8 * len(content)))
         else:
-            yield file, content[: draw.randrange(len(content) - 1)]  # the manifest's last byte is a line end: no matter
+            yield file, content[: draw.randrange(len(content))]
+
+
+def test_a_manifest_without_its_last_byte_is_noticed(text: Corpus, stores: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(stores["one"], tmp_path / "cut")
+    manifest = tmp_path / "cut" / MANIFEST
+    manifest.write_bytes(manifest.read_bytes()[:-1])
+    assert_noticed(tmp_path / "cut", text, (MANIFEST,), list(as_training_reads(stores["one"], text)))
 
 
 def test_1000_flipped_bits_and_200_truncations_are_noticed_before_use(

@@ -160,7 +160,7 @@ def test_a_reference_whose_tokenizer_lacks_the_corpus_s_end_token_is_refused(
     save_model(make_model(ModelConfig(architecture=architecture), 300), tmp_path / "other")
     renamed = (corpus / "tokenizer" / "tokenizer.json").read_text().replace("<|endoftext|>", "</s>")
     (tmp_path / "other" / "tokenizer.json").write_text(renamed)
-    with pytest.raises(MismatchError, match=r"ends its documents with <\|endoftext\|>, which .*other does not know"):
+    with pytest.raises(MismatchError, match=r"tokenizers differ: .*other does not know the end token <\|endoftext\|>"):
         score_corpus(ScoreConfig(), Corpus(corpus), ModelConfig(path=str(tmp_path / "other")), tmp_path / "out")
 
 

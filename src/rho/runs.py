@@ -177,9 +177,10 @@ def load_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        value = json.loads(raw)
         checksum = value.pop("sha256", None)  # of what the fingerprint leaves out, too; others need not write it
-        unchanged = checksum in (None, hash_json(value))
+        unchanged = checksum is None or (checksum == hash_json(value) and raw.endswith(b"\n"))
         fingerprint = value.pop("fingerprint")
         version = value.pop("format")
         if version != FORMAT:

@@ -40,9 +40,9 @@ from rho.receipts import (
     write_receipt,
 )
 from rho.references.api import ApiConfig, ApiReference, Meter
-from rho.references.mapped import UNREAD, mapped, start_of_text
+from rho.references.mapped import mapped, start_of_text
 from rho.references.model import load_reference, score_batch
-from rho.references.scorer import Batch, Scorer, batches, in_windows, mean_of
+from rho.references.scorer import UNREAD, Batch, Scorer, batches, in_windows, mean_of
 from rho.runs import Manifest, Stage, hash_json, load_manifest, open_stage, write_json
 from rho.store import write_shard
 from rho.tokenizer import Tokenizer
@@ -193,10 +193,8 @@ class _Job:
         if self.target is not None:
             with claim(self.out, TARGET, self.made_from) as mine:
                 if mine:
-                    target = Corpus(self.target, "validation")
-                    reader = load_scorer(self.config, self.reference, target, self.reference_tokenizer, meter, self.out)
-                    loss = mean_of(reader, target, self.config.batch_size)
-                    write_receipt(self.out, TARGET, self.made_from, loss=loss.nats_per_token)
+                    loss = self._loss_on(Corpus(self.target, "validation"), meter)
+                    write_receipt(self.out, TARGET, self.made_from, loss=loss)
         shards = [*self.shards[worker:], *self.shards[:worker]]
         while left := [shard for shard in shards if not receipt(self.out, shard["file"], self.made_from)]:
             held = True
@@ -210,6 +208,14 @@ class _Job:
                         held = False
             if held:
                 time.sleep(POLL_SECONDS)
+
+    def _loss_on(self, target: Corpus, meter: Meter) -> float:
+        """The reference's mean loss on the target, whose blocks may be other ones than the corpus's.
+
+        A scorer of its own, which is gone before the corpus's is loaded: there may be room for one reference only.
+        """
+        scorer = load_scorer(self.config, self.reference, target, self.reference_tokenizer, meter, self.out)
+        return mean_of(scorer, target, self.config.batch_size).nats_per_token
 
     def _check_alone(self) -> None:
         """Another job may have begun here before anything was finished, with other settings."""
@@ -294,11 +300,9 @@ def identity(reference: Reference, reference_tokenizer: str | None, corpus: Corp
     else:
         found = {"reference": source_hash(reference)}
     other = _other_tokenizer(reference_tokenizer, corpus)
-    return (
-        found
-        if other is None
-        else found | {"reference_tokenizer": hash_json([other.fingerprint, start_of_text(other)])}
-    )
+    if other is not None:
+        found["reference_tokenizer"] = hash_json([other.fingerprint, start_of_text(other)])
+    return found
 
 
 def _other_tokenizer(path: str | None, corpus: Corpus) -> Tokenizer | None:

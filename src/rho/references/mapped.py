@@ -6,7 +6,8 @@
     ref_loss      a a  b  c   d d         a group's loss is shared out by bytes
 
 ^ stands for whatever the reference's tokenizer puts before a text (its end token if it puts nothing), so that the first
-token has a score as well. The losses of a stretch add up to what the reference gives to all of its tokens.
+token has a score as well. The losses of a stretch add up to what the reference gives to all of its tokens; but the
+share of a token that nothing predicts (the first of a row, or of an isolated document) is left out, as everywhere.
 """
 
 from __future__ import annotations
@@ -19,10 +20,8 @@ from torch import Tensor
 
 from rho.corpus import positions
 from rho.references.align import byte_spans, map_losses, recover_text
-from rho.references.scorer import Batch, Scorer
+from rho.references.scorer import UNREAD, Batch, Scorer
 from rho.tokenizer import Tokenizer
-
-UNREAD = "unread"  # tokens that the reference knows nothing of
 
 
 class _Stretch(NamedTuple):

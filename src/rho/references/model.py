@@ -68,13 +68,11 @@ def check_tokenizer(model: ModelConfig, corpus: Corpus, tokenizer: Tokenizer | N
     except ConfigError as error:
         if not folder.is_dir():
             return  # a name whose tokenizer is not to be had here
-        raise MismatchError(
-            f"the tokenizers differ: {corpus.folder} ends its documents with {expected.eos}, which {model.path} does "
-            f"not know ({error}) Build the corpus with --tokenizer {model.path}, take another model, or (a reference "
-            f"only) have its losses mapped onto the corpus's tokens with --reference-tokenizer {model.path}."
-        ) from error
-    if own.fingerprint == expected.fingerprint:
-        return
+        found = f"does not know the end token {expected.eos} ({str(error).rstrip('.')})"
+    else:
+        if own.fingerprint == expected.fingerprint:
+            return
+        found = f"comes with {own.fingerprint[:12]} (vocabulary {own.vocab_size})"
     if tokenizer is None:
         what = f"{corpus.folder} was made with"
         advice = (
@@ -85,7 +83,7 @@ def check_tokenizer(model: ModelConfig, corpus: Corpus, tokenizer: Tokenizer | N
         what, advice = "the reference is said to read", f"Give --reference-tokenizer {model.path}."
     raise MismatchError(
         f"the tokenizers differ: {what} {expected.fingerprint[:12]} (vocabulary {expected.vocab_size}), {model.path} "
-        f"comes with {own.fingerprint[:12]} (vocabulary {own.vocab_size}). {advice}"
+        f"{found}. {advice}"
     )
 
 

@@ -26,6 +26,7 @@ from rho.objective import IGNORE_INDEX
 
 Batch = dict[str, Tensor]  # input_ids BT, position_ids BT and what else the corpus has of them
 Scorer = Callable[[Batch], dict[str, Tensor]]  # columns BT on the CPU: ref_loss, and where it is known ref_entropy
+UNREAD = "unread"  # a further column, of a reference with another tokenizer: a mask of what it knows nothing of
 
 
 def windows(length: int, context: int, overlap: int) -> Iterator[tuple[int, int, int]]:
@@ -89,7 +90,7 @@ def mean_of(scorer: Scorer, corpus: Corpus, batch_size: int) -> MeanLoss:
             scores = scorer(batch)
             loss_BT = scores["ref_loss"].double()
             labelled = batch["labels"] != IGNORE_INDEX
-            if (unread_BT := scores.get("unread")) is not None:
+            if (unread_BT := scores.get(UNREAD)) is not None:
                 labelled &= ~unread_BT
             nats += float(loss_BT[labelled].sum())
             tokens += int(labelled.sum())
