@@ -204,6 +204,14 @@ def test_an_arm_uses_all_references_or_those_it_names(load):
     assert (config.references_of("clm"), config.references_of("slm")) == (["first"], ["first", "second"])
 
 
+def test_an_online_reference_is_a_model_that_is_here_and_the_only_one_of_its_arm(load):
+    with pytest.raises(ConfigError, match="'online' is for a model that is here"):
+        load({"reference": {"corpus": "curated", "tokenizer": "other", "online": True}})
+    two = {"first": {"corpus": "curated"}, "second": {"corpus": "curated", "online": True}}
+    with pytest.raises(ConfigError, match="must be its only reference"):
+        load({"reference": None, "references": two})
+
+
 def test_an_override_changes_one_of_two_sections_that_yaml_made_the_same(tmp_path):
     text = yaml.safe_dump({**TREE, "reference": None}).replace(
         "reference: null", "references: {a: &one {corpus: curated, arguments: {max_steps: 5}}, b: *one}"

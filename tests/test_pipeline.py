@@ -97,6 +97,15 @@ def test_a_second_run_says_that_all_is_fresh_and_changes_no_file(finished, confi
     assert state(finished) == before
 
 
+def test_an_online_reference_needs_no_store(finished, config_file):
+    folder = config_file.parent / "online"
+    arms = ["train.arms={slm: {ratio: 0.6}}", "train.seeds=[0]"]
+    pipeline.run(load_config(config_file, ["reference.online=true", *arms]), folder)
+    assert not (folder / "scores").exists()
+    inputs = read_manifest(folder / "train" / "slm-seed0").inputs
+    assert inputs["reference"] == read_manifest(finished / "scores" / "reference").inputs["reference"]
+
+
 def test_references_of_another_size_and_of_a_later_round(finished, config_file):
     """`small` has a model of its own; `later` starts from what the arm `slm` learned, with `small` as its reference."""
     tree = yaml.safe_load(config_file.read_text())

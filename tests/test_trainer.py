@@ -25,7 +25,7 @@ from rho import linear_loss
 from rho.corpus import Corpus
 from rho.data import RowOrder, TrainingBlocks, collate
 from rho.durable import HOOKS, DurableTrainer
-from rho.errors import ConfigError, DataError, RhoError
+from rho.errors import ConfigError, DataError, MismatchError, RhoError
 from rho.evaluate import EvaluateConfig, checkpoints_of, evaluate
 from rho.forward import selective_forward
 from rho.models import ModelConfig, check_head, make_model, save_model, with_lora
@@ -840,3 +840,79 @@ def test_excess_that_nothing_was_compared_for_is_not_called_zero() -> None:
     stats.add(loss, eligible, eligible, ref_loss_BT=loss)
     with pytest.raises(RhoError, match="the excess loss is zero for every token"):
         stats.record(stats.sums())
+
+
+# --- the fast step -----------------------------------------------------------------------------------------------
+
+
+def weights_after(config: TrainConfig, corpus: Path, model: ModelConfig, out: Path, scores: Path) -> dict[str, Tensor]:
+    train(config, Corpus(corpus), model, out, ScoreStore(scores))
+    return dict(make_model(ModelConfig(path=str(out)), Corpus(corpus).vocab_size).named_parameters())
+
+
+@pytest.mark.parametrize("scope", ["sequence", "step"])
+def test_another_librarys_loss_trains_the_same_model(
+    scope: Any, tmp_path: Path, corpus: Path, model_config: ModelConfig, scores: Path
+) -> None:
+    arguments = {**ARGUMENTS, "gradient_accumulation_steps": 2}
+    runs = [
+        weights_after(
+            TrainConfig(ratio=0.5, scope=scope, backend=backend, arguments=arguments),  # type: ignore[arg-type]
+            corpus, model_config, tmp_path / backend, scores,
+        )
+        for backend in ("rho", "torch")
+    ]  # fmt: skip
+    for name, weight in runs[0].items():
+        torch.testing.assert_close(weight, runs[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_filtered_backward_trains_another_model_and_logs_how_near_its_gradient_is(
+    tmp_path: Path, corpus: Path, architecture: dict, scores: Path
+) -> None:
+    model = ModelConfig(architecture={**architecture, "num_hidden_layers": 2})
+    configs = [TrainConfig(ratio=0.5, filtered_backward=on, arguments=ARGUMENTS) for on in (False, True)]
+    exact, filtered = (
+        weights_after(config, corpus, model, tmp_path / str(n), scores) for n, config in enumerate(configs)
+    )
+    assert any((exact[name] - filtered[name]).abs().max() > 1e-5 for name in exact if ".layers." in name)
+    records = [json.loads(line) for line in (tmp_path / "1" / "steps.jsonl").read_text().splitlines()]
+    first, *later = [record.get("filtered") for record in records]
+    assert 0.3 < first["cosine"] < 1.0 and 0.3 < first["norm_ratio"] < 1.5
+    assert later == [None] * 3  # until COMPARE_EVERY steps have passed
+
+
+def test_a_compiled_backbone_and_a_filtered_backward_exclude_each_other(
+    tmp_path: Path, corpus: Path, model_config: ModelConfig, scores: Path
+) -> None:
+    config = TrainConfig(ratio=0.5, filtered_backward=True, arguments={**ARGUMENTS, "torch_compile": True})
+    with pytest.raises(ConfigError, match="not with torch_compile"):
+        train(config, Corpus(corpus), model_config, tmp_path / "out", ScoreStore(scores))
+
+
+@pytest.mark.parametrize("scope", ["sequence", "step"])
+def test_an_online_reference_trains_the_model_that_its_stored_scores_train(
+    scope: Any, tmp_path: Path, corpus: Path, model_config: ModelConfig, reference: Path, scores: Path
+) -> None:
+    config = TrainConfig(ratio=0.5, scope=scope, arguments={**ARGUMENTS, "gradient_accumulation_steps": 2})
+    stored = weights_after(config, corpus, model_config, tmp_path / "stored", scores)
+    online, target = ModelConfig(path=str(reference)), Corpus(corpus, "validation")
+    train(config, Corpus(corpus), model_config, tmp_path / "online", target=target, reference=online)
+    found = make_model(ModelConfig(path=str(tmp_path / "online")), target.vocab_size)
+    for name, weight in found.named_parameters():
+        torch.testing.assert_close(weight, stored[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_an_online_reference_is_checked_as_a_stored_one(
+    tmp_path: Path, corpus: Path, model_config: ModelConfig, reference: Path, scores: Path
+) -> None:
+    config, out = TrainConfig(ratio=0.5, arguments=ARGUMENTS), tmp_path / "out"
+    text, target, online = Corpus(corpus), Corpus(corpus, "validation"), ModelConfig(path=str(reference))
+    with pytest.raises(ConfigError, match="neither with --scores nor with scope dataset"):
+        train(config, text, model_config, out, ScoreStore(scores), reference=online)
+    with pytest.raises(MismatchError, match="the same weights"):
+        train(config, text, online, out, reference=online)
+    untrained = tmp_path / "untrained"
+    save_model(make_model(model_config, text.vocab_size, seed=1), untrained)
+    with pytest.raises(MismatchError, match="no better than the model"):
+        train(config, text, model_config, out, target=target, reference=ModelConfig(path=str(untrained)))
+    train(config, text, model_config, out, None, target, True, ModelConfig(path=str(untrained)))

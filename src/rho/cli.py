@@ -211,6 +211,9 @@ def train(
         list[str] | None,
         typer.Option(help="Folder that `rho score` wrote; of several references, name=folder for each."),
     ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Instead of --scores: a model that scores each batch as it comes, every epoch.")
+    ] = None,
     target: Target = None,
     ratio: Annotated[float, typer.Option(help="Share of tokens to train on; 1.0 is plain CLM.")] = 1.0,
     select: Annotated[
@@ -250,6 +253,7 @@ def train(
         {name: ScoreStore(folder) for name, folder in _named("--scores", scores or [], only="reference").items()},
         Corpus(target, "validation") if target else None,
         allow_weak_reference,
+        ModelConfig(path=reference) if reference else None,
     )
     print(out / "model")
 

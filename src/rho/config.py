@@ -53,7 +53,8 @@ class ReferenceSection(_Section):
     """A reference: trained at ratio 1.0 on the curated `corpus`, a finished model at `path`, or one behind an `api`.
 
     Its training starts from the run's model, from another `model`, or from the one that the arm `after` has trained
-    (with the first seed). It may have a `tokenizer` of its own: its losses are mapped onto the run's tokens.
+    (with the first seed). It may have a `tokenizer` of its own: its losses are mapped onto the run's tokens. One
+    that is `online` scores the batches of each arm as they come; nothing is stored.
     """
 
     corpus: str | None = None
@@ -62,6 +63,7 @@ class ReferenceSection(_Section):
     tokenizer: str | None = None
     model: ModelConfig | None = None
     after: str | None = None
+    online: bool = False
     seed: int = 0
     arguments: Arguments = {}
 
@@ -75,6 +77,8 @@ class ReferenceSection(_Section):
             raise ValueError("'model' and 'after' are what a training starts from: give a 'corpus', or leave them out")
         if self.model and self.after:
             raise ValueError("give either 'model' or 'after' (what its training starts from)")
+        if self.online and (self.api or self.tokenizer):
+            raise ValueError("'online' is for a model that is here and reads the run's tokens: leave it out")
         return self
 
 
@@ -172,6 +176,8 @@ class RunConfig(_Section):
                 raise ValueError(f"train.arms.{arm}: such a name is that of a reference in the report")
             names, weights = self.references_of(arm), self.train.arms[arm].references.weights
             _check_known(f"train.arms.{arm}.references.names", "reference", names, self.references)
+            if len(names) > 1 and any(self.references[name].online for name in names):
+                raise ValueError(f"train.arms.{arm}: one that is online must be its only reference (references.names)")
             if weights is not None and set(weights) != set(names):
                 raise ValueError(f"train.arms.{arm}.references.weights: name each of {', '.join(names)} once")
         for number, (name, reference) in enumerate(references):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rho.backends import LinearLoss
 from rho.distributed import all_gather, rank
 from rho.linear_loss import selective_linear_loss
 from rho.models import head, hidden_states
@@ -18,7 +19,9 @@ from rho.selection import Selector
 CLM = Selector(ratio=1.0)
 
 
-def selective_forward(selector: Selector) -> Callable[..., dict[str, Tensor]]:
+def selective_forward(
+    selector: Selector, linear_loss: LinearLoss = selective_linear_loss
+) -> Callable[..., dict[str, Tensor]]:
     """A `forward` for a causal language model that returns the numerator of Eq. 4 instead of logits.
 
     It runs as the model's own, so that the loss is computed inside whatever wraps the model (DDP, FSDP, autocast). Its
@@ -26,8 +29,9 @@ def selective_forward(selector: Selector) -> Callable[..., dict[str, Tensor]]:
     (where it is decided already) are BT; `block` (row numbers) is B. `threshold` is that of scope running;
     `rest_weight` what each eligible token that is not selected weighs (retention). In eval mode every label counts.
 
-    It returns by name: `loss`, the sum over the selected tokens (nats, to be divided by their number in the whole
-    optimizer step); `token_loss` BT without gradient; masks `eligible` and `selected` BT; for scope running `score` BT.
+    `linear_loss` makes the loss from hidden states (`rho.backends`). By name are returned: `loss`, the sum over the
+    selected tokens (nats, to be divided by their number in the whole optimizer step); `token_loss` BT without gradient;
+    masks `eligible` and `selected` BT; for scope running `score` BT.
     """
 
     def forward(
@@ -67,7 +71,7 @@ def selective_forward(selector: Selector) -> Callable[..., dict[str, Tensor]]:
             selected = eligible
         elif selected is None and active.static and active.weighting == "mask":
             selected = choose(slice(None), None, eligible, True)
-        loss_sum, loss, chosen = selective_linear_loss(
+        loss_sum, loss, chosen = linear_loss(
             hidden_BTD,
             head(model),
             labels.masked_fill(~eligible, IGNORE_INDEX),

@@ -102,7 +102,7 @@ def selective_linear_loss(
     Returns:
         The weighted sum of losses (nats); loss_BT without gradient, NaN where ignored; what `choose` returned.
     """
-    chunk = chunk or _default_chunk(hidden_BTD)
+    chunk = chunk or default_chunk(hidden_BTD)
     wanted: tuple[Tensor | None, ...] = (hidden_BTD, head.weight_VD, head.bias_V)
     if not torch.is_grad_enabled():  # a Function would still be told that parameters need gradients
         wanted = tuple(None if tensor is None else tensor.detach() for tensor in wanted)
@@ -180,7 +180,7 @@ class _HeadPass:
         self, hidden_ND: Tensor, head: Head, labels_N: Tensor, chunk: int, needs: tuple[bool, ...] = (False,) * 3
     ) -> None:
         self.hidden_ND, self.labels_N, self.head = hidden_ND, labels_N, head
-        self.dtype = _compute_dtype(hidden_ND)
+        self.dtype = compute_dtype(hidden_ND)
         self.weight_VD = head.weight_VD.detach().to(self.dtype)
         self.exp_RV = hidden_ND.new_empty(chunk, len(self.weight_VD), dtype=_accumulate(hidden_ND))
         # d capped / d logit, which the capped logits alone do not give back
@@ -302,11 +302,12 @@ def _blocks(values_RV: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + rows, len(values_RV)))
 
 
-def _default_chunk(hidden: Tensor) -> int:
+def default_chunk(hidden: Tensor) -> int:
+    """Rows of logits alive at once, on this device."""
     return CHUNK_CPU if hidden.device.type == "cpu" else CHUNK
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The precision of the head's products: autocast's where it is on."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

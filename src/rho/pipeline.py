@@ -37,7 +37,8 @@ def run(config: RunConfig, folder: str | os.PathLike[str] | None = None) -> Path
         if reference.after is not None:
             pipeline.train(reference.after, config.train.seeds[0])
         pipeline.reference(name)
-        pipeline.scores(name)
+        if not reference.online:
+            pipeline.scores(name)
     pipeline.check_references()
     for seed in config.train.seeds:
         for arm in config.train.arms:
@@ -107,8 +108,10 @@ class _Pipeline:
     def source(self, name: str) -> Source:
         """What scores: a reference trained here, a finished one, or one that is served."""
         config = self.config.references[name]
-        model = ModelConfig(path=config.path or str(self.folder / reference_folder(name)))
-        return Source(config.api or model, config.tokenizer)
+        return Source(config.api or self.reference_model(name), config.tokenizer)
+
+    def reference_model(self, name: str) -> ModelConfig:
+        return ModelConfig(path=self.config.references[name].path or str(self.folder / reference_folder(name)))
 
     def score_config(self) -> ScoreConfig:
         return ScoreConfig(**self.config.score.model_dump(exclude={"engine", "workers"}))
@@ -137,22 +140,24 @@ class _Pipeline:
         names = {n for arm in config.arms for n in config.arm(arm, seed).judged(self.config.references_of(arm))}
         target = self.target()
         model = make_model(self.config.model, target.vocab_size, seed)
-        for name in sorted(names):
+        for name in sorted(name for name in names if not self.config.references[name].online):
             check_reference(model, ScoreStore(self.scores_folder(name)), target, config.allow_weak_reference)
 
     def train_folder(self, arm: str, seed: int) -> Path:
         return self.folder / "train" / f"{arm}-seed{seed}"
 
     def train(self, arm: str, seed: int) -> None:
-        config = self.config.train
+        config, names = self.config.train, self.config.references_of(arm)
+        online = any(self.config.references[name].online for name in names)
         train(
             config.arm(arm, seed),
             Corpus(self.corpus_folder(self.config.corpus)),
             self.config.model,
             self.train_folder(arm, seed),
-            {name: ScoreStore(self.scores_folder(name)) for name in self.config.references_of(arm)},
+            {} if online else {name: ScoreStore(self.scores_folder(name)) for name in names},
             self.target(),
             config.allow_weak_reference,
+            self.reference_model(names[0]) if online else None,
         )
 
     def evaluate(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from transformers import PreTrainedModel, TrainingArguments
 
+from rho.backends import Backend
 from rho.checkpoints import checkpoints, step_of
 from rho.corpus import Corpus
 from rho.data import CombineReferences, TrainingBlocks
@@ -37,7 +38,8 @@ from rho.models import (
     with_lora,
 )
 from rho.progress import say
-from rho.references.model import check_tokenizer, mean_loss
+from rho.references.model import check_tokenizer, mean_loss, online_scorer
+from rho.references.scorer import Scorer, mean_of
 from rho.runs import Manifest, atomic_write, environment, open_stage
 from rho.selection import Combine, Schedule, Scope, Score, Selector, Weighting
 from rho.store import ScoreStore
@@ -136,6 +138,8 @@ class TrainConfig(BaseModel):
         references: how several references are combined.
         lora: fields of `peft.LoraConfig`: train adapters; the saved model has them merged.
         skip_nonfinite: steps with a loss or gradient that is not finite to leave out before training stops.
+        filtered_backward: a faster step with an approximate gradient; see `rho.filtered`.
+        backend: whose code makes the loss from hidden states; see `rho.backends`.
         early_stopping: evaluations on the target without a better loss before training stops.
         seed: of the model's new weights, the order of the data and the random score.
         arguments: any field of `transformers.TrainingArguments`, by its own name.
@@ -156,6 +160,8 @@ class TrainConfig(BaseModel):
     references: References = References()
     lora: dict[str, Any] | None = None
     skip_nonfinite: int = Field(0, ge=0)
+    filtered_backward: bool = False
+    backend: Backend = "rho"
     early_stopping: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)
     arguments: Arguments = {}
@@ -185,6 +191,7 @@ def train(
     scores: ScoreStore | Mapping[str, ScoreStore] | None = None,
     target: Corpus | None = None,
     allow_weak_reference: bool = False,
+    reference: ModelConfig | None = None,
 ) -> Manifest:
     """Train `model` on `corpus` into the stage folder `out`: `model/`, `checkpoints/`, `steps.jsonl`.
 
@@ -199,36 +206,37 @@ def train(
         target: held-out text of the wanted domain: compared with the reference before training, and evaluated during
             training where the arguments say so (`eval_strategy`).
         allow_weak_reference: go on with a reference that is no better on it than the model.
+        reference: a model that scores every batch as it comes, instead of `scores`: nothing is stored, and each epoch
+            of each run pays for its forward again (in bfloat16 on an accelerator).
 
     Raises:
         MismatchError: scores of another corpus or tokenizer, a model with another vocabulary, a weak reference.
     """
     selector = config.selector
-    stores = config.references.chosen(scores)
-    if selector.columns and not stores:
-        raise ConfigError(f"ratio {config.ratio} with score '{config.score}' needs --scores, found none.")
+    reference = _online(config, scores, reference)
+    stores = config.references.chosen(scores) if reference is None else {}
+    if selector.columns and not stores and reference is None:
+        raise ConfigError(f"ratio {config.ratio} with score '{config.score}' needs --scores (--reference), found none.")
     columns = ("ref_loss", *(c for c in selector.columns if c != "ref_loss")) if stores else ()
     data = TrainingBlocks(corpus, stores, config.references.combine, config.references.weights, columns)
     inputs = {"corpus": corpus.fingerprint, "model": source_hash(model, config.seed)}
     inputs |= {f"scores:{name}": store.manifest.fingerprint for name, store in data.stores.items()}
+    if reference is not None:
+        inputs["reference"] = source_hash(reference)
     if config.lora and model.path is None:
         raise ConfigError("lora: adapters need a finished model to adapt; give one as model.path (--model FOLDER).")
     with open_stage(out, "train", config.model_dump(mode="json"), inputs, follow=rank() > 0) as stage:
         if stage.fresh:
             return stage.manifest
-        _check_not_itself(config, inputs["model"], data)
-        network = make_model(model, corpus.vocab_size, config.seed)
-        if model.path is None:
-            ends_documents(network, corpus.tokenizer.eos_id)
-        corpus.check_model(network.config, model_name(model))
-        check_tokenizer(model, corpus)
-        check_isolation(network, corpus.isolated)
-        if target is not None:
-            for name in config.judged(data.stores):
-                check_reference(network, data.stores[name], target, allow_weak_reference)
+        _check_not_itself(config, inputs, data)
+        network = _network(model, corpus, config.seed)
         args = training_arguments(config, stage.folder / "checkpoints", target is not None)
+        scorer = None if reference is None else online_scorer(reference, corpus, "ref_entropy" in selector.columns)
+        if target is not None:
+            _check_references(config, network, data, scorer, target, allow_weak_reference)
         rows_a_step = keep_rows_a_step(args, stage)
-        trainer = _trainer(config, network, args, data, TrainingBlocks(target) if target is not None else None)
+        held_out = TrainingBlocks(target) if target is not None else None
+        trainer = _trainer(config, network, args, data, held_out, scorer)
         late = fit(trainer, stage.folder, corpus.block_length, rows_a_step)
         # Sharded weights are put together by all ranks.
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
@@ -246,12 +254,36 @@ def train(
         return made
 
 
+def _online(
+    config: TrainConfig, scores: ScoreStore | Mapping[str, ScoreStore] | None, reference: ModelConfig | None
+) -> ModelConfig | None:
+    """The reference that scores batches as they come, where the selection needs one."""
+    if reference is not None and (scores or config.scope == "dataset"):
+        raise ConfigError(
+            "reference: scores batches as they come, so it goes neither with --scores nor with scope dataset, which "
+            "ranks the whole corpus before the first. Give scores alone, or take another scope."
+        )
+    return reference if config.selector.columns else None
+
+
+def _network(model: ModelConfig, corpus: Corpus, seed: int) -> PreTrainedModel:
+    """The model to train, checked against what it is to read."""
+    network = make_model(model, corpus.vocab_size, seed)
+    if model.path is None:
+        ends_documents(network, corpus.tokenizer.eos_id)
+    corpus.check_model(network.config, model_name(model))
+    check_tokenizer(model, corpus)
+    check_isolation(network, corpus.isolated)
+    return network
+
+
 def _trainer(
     config: TrainConfig,
     network: PreTrainedModel,
     args: TrainingArguments,
     data: TrainingBlocks,
     target: TrainingBlocks | None,
+    reference: Scorer | None,
 ) -> SelectiveTrainer:
     selector = config.selector
     try:
@@ -264,6 +296,9 @@ def _trainer(
             step_log=Path(str(args.output_dir)).parent / STEP_LOG,
             cut=data.cut(selector) if selector.scope == "dataset" and selector.selective else None,
             skip_nonfinite=config.skip_nonfinite,
+            filtered_backward=config.filtered_backward,
+            backend=config.backend,
+            reference=reference,
             eval_dataset=target,
             callbacks=[EarlyStopping(config.early_stopping)] if config.early_stopping else [],
         )
@@ -302,15 +337,16 @@ def write_card(path: Path, config: TrainConfig, base: str, inputs: dict[str, str
         file.write(CARD.format(rows=rows).encode())
 
 
-def _check_not_itself(config: TrainConfig, model_hash: str, data: TrainingBlocks) -> None:
+def _check_not_itself(config: TrainConfig, inputs: Mapping[str, str], data: TrainingBlocks) -> None:
     """Refuse to rank by excess loss over a reference that is the model itself: the excess would be zero."""
     selector = config.selector
     if not selector.selective or all(part.score != "excess" for part in selector.parts):
         return
-    for store in data.stores.values():
-        if store.manifest.inputs["reference"] == model_hash:
+    references = {str(store.folder): store.manifest.inputs["reference"] for store in data.stores.values()}
+    for name, reference in {**references, "reference": inputs.get("reference")}.items():
+        if reference == inputs["model"]:
             raise MismatchError(
-                f"{store.folder}: the reference and the model to train are the same weights, so the excess loss is "
+                f"{name}: the reference and the model to train are the same weights, so the excess loss is "
                 "zero. Give another reference or another model."
             )
 
@@ -340,14 +376,33 @@ def training_arguments(config: TrainConfig, folder: Path, evaluates: bool = Fals
     return made
 
 
+def _check_references(
+    config: TrainConfig,
+    network: PreTrainedModel,
+    data: TrainingBlocks,
+    online: Scorer | None,
+    target: Corpus,
+    allow_weak: bool,
+) -> None:
+    for name in config.judged(data.stores):
+        check_reference(network, data.stores[name], target, allow_weak)
+    if online is not None and config.judged(["reference"]):
+        compare_reference(network, mean_of(online, target, batch_size=8).nats_per_token, target, allow_weak)
+
+
 def check_reference(model: PreTrainedModel, scores: ScoreStore, target: Corpus, allow_weak: bool) -> None:
-    """Refuse a reference that predicts held-out target text no better than the untrained model does."""
+    """Refuse scores of a reference that predicts held-out target text no better than the untrained model does."""
     ref = scores.manifest.facts.get("target_loss")
     if ref is None or scores.manifest.inputs.get("target") != target.fingerprint:
         raise MismatchError(
             f"{scores.folder}: the reference's loss on {target.folder} is not recorded. Score again with --target "
             f"{target.folder}, or leave --target away to train without comparing reference and model."
         )
+    compare_reference(model, ref, target, allow_weak)
+
+
+def compare_reference(model: PreTrainedModel, ref: float, target: Corpus, allow_weak: bool) -> None:
+    """Refuse a reference whose loss (nats a token) on held-out target text is not below the untrained model's."""
     own = mean_loss(model.to(device()), target).nats_per_token
     message = (
         f"on {target.folder} the reference's loss is {ref:.4f}, the model's before training {own:.4f} nats a token"

@@ -16,18 +16,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
+from rho.backends import Backend, linear_loss
 from rho.data import Padded, RowOrder, collate
 from rho.distributed import all_gather, rank
 from rho.durable import DurableTrainer
 from rho.errors import ConfigError, DataError, MismatchError, RhoError
+from rho.filtered import FilteredBackward
 from rho.forward import selective_forward
 from rho.models import check_head, plain
 from rho.objective import num_to_select
 from rho.progress import say
+from rho.references.scorer import Scorer
 from rho.selection import Cut, RunningThreshold, Selector
 from rho.stats import SelectionStats
 from rho.step import Step
 from rho.store import SCORES
+
+COMPARE_EVERY = 100  # optimizer steps between two looks at what a filtered backward loses: each costs two backwards
 
 
 class SelectiveTrainer(DurableTrainer):
@@ -45,6 +50,10 @@ class SelectiveTrainer(DurableTrainer):
         step_log: JSON lines file with one record a logging step; None for none.
         cut: of scope dataset (`TrainingBlocks.cut`).
         skip_nonfinite: how many steps with a loss or gradient that is not finite are left out before training stops.
+        backend: whose code makes the loss from hidden states; see `rho.backends`.
+        reference: what gives the batches columns that the rows don't have, each time they come (an online reference).
+        filtered_backward: leave tokens that were not selected out of the blocks' backward, an approximation; how near
+            it comes to the exact gradient is logged every `COMPARE_EVERY` steps.
         All else is `Trainer`'s.
     """
 
@@ -60,6 +69,9 @@ class SelectiveTrainer(DurableTrainer):
         step_log: Path | None = None,
         cut: Cut | None = None,
         skip_nonfinite: int = 0,
+        backend: Backend = "rho",
+        reference: Scorer | None = None,
+        filtered_backward: bool = False,
         **kwargs: Any,
     ) -> None:
         if args.n_gpu > 1:
@@ -70,18 +82,22 @@ class SelectiveTrainer(DurableTrainer):
             raise ConfigError(
                 "scope dataset needs the cut of the whole corpus: pass cut=TrainingBlocks(...).cut(selector)"
             )
+        if filtered_backward and args.torch_compile:
+            raise ConfigError("filtered_backward: not with torch_compile, which makes its own backward. Choose one.")
         args.remove_unused_columns = False
         compiled, args.torch_compile_backend = args.torch_compile_backend, "no"  # done below
         args.logging_first_step = True  # a reference equal to the model shows before the first update only
         check_head(model)
         if args.torch_compile:  # selection has shapes that depend on the data: only the backbone gains from it
             plain(model).base_model.compile(backend=compiled, mode=args.torch_compile_mode)
-        model.forward = MethodType(_either(selective_forward(selector), model.forward), model)
+        self.filtered = FilteredBackward(model) if filtered_backward else None
+        self._compared: dict[str, float] | None = None  # filtered gradient and exact one, until logged
+        model.forward = MethodType(_either(selective_forward(selector, linear_loss(backend)), model.forward), model)
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, train_dataset=Padded(train_dataset), **kwargs)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # compute_loss divides for the whole step
         self.accelerator.gradient_accumulation_steps = 1  # nor may `backward`, which older versions ask to divide
-        self.selector, self.step_log, self.cut = selector, step_log, cut
+        self.selector, self.step_log, self.cut, self.reference = selector, step_log, cut, reference
         self.order = RowOrder(len(train_dataset), args.train_batch_size * args.world_size, args.seed)  # type: ignore[arg-type]
         self._stats = SelectionStats(selector, label_names or [])
         self._logged_at = time.monotonic()
@@ -114,6 +130,8 @@ class SelectiveTrainer(DurableTrainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         active = self.selector.at(self.state.global_step)
+        if self.reference is not None:
+            batches = [batch | self.reference(batch) for batch in batches]
         eligible = [self.eligible(batch) for batch in batches]
         total = self.total(sum((mask.sum() for mask in eligible), torch.zeros((), dtype=torch.int64)))
         masks = self._decide(active, batches, eligible)
@@ -213,6 +231,9 @@ class SelectiveTrainer(DurableTrainer):
             self._count(outputs, inputs, label)
             # Data parallel training averages over ranks; the count is the sum over them.
             loss = outputs["loss"] / num_items_in_batch * self.accelerator.num_processes
+            first = self._step.done == 1 and self.state.global_step % COMPARE_EVERY == 0
+            if self.filtered is not None and first and not self.is_fsdp_enabled:  # there, a rank has a shard alone
+                self._compared = self.filtered.compare(loss)
         return (loss, outputs) if return_outputs else loss
 
     def _count(self, outputs: dict[str, Tensor], inputs: dict[str, Tensor], label: Tensor | None) -> None:
@@ -275,6 +296,8 @@ class SelectiveTrainer(DurableTrainer):
             record["ratio_asked"] = self.selector.at(self.state.global_step - 1).ratio
             if self._threshold.value is not None:
                 record["threshold"] = self._threshold.value
+            if self._compared is not None:
+                record["filtered"], self._compared = self._compared, None
             if self._skipped:
                 record["skipped"] = self._skipped
             self._logged_at = now
@@ -295,13 +318,14 @@ class SelectiveTrainer(DurableTrainer):
             "logged": self._seen,
             "not_logged": sums,
             "skipped": self._skipped,
+            "compared": self._compared,
             "threshold": dataclasses.asdict(self._threshold),
         }
 
     def take_up(self, state: dict[str, Any]) -> None:
         """Go on from what `own_state` gave."""
         self._seen, self._skipped = dict(state["logged"]), state["skipped"]
-        self._threshold = RunningThreshold(**state["threshold"])
+        self._threshold, self._compared = RunningThreshold(**state["threshold"]), state["compared"]
         if state["not_logged"]:
             sums = torch.tensor(state["not_logged"], dtype=torch.float64, device=self.args.device)
             self._stats.go_on(sums if self.is_world_process_zero() else torch.zeros_like(sums))

@@ -24,7 +24,7 @@ from rho.models import (
     model_name,
 )
 from rho.objective import predictors, token_labels
-from rho.references.scorer import MeanLoss, mean_of
+from rho.references.scorer import Batch, MeanLoss, Scorer, mean_of
 from rho.tokenizer import Tokenizer
 
 
@@ -102,6 +102,17 @@ def score_batch(model: PreTrainedModel, batch: dict[str, Tensor], entropy: bool 
     if entropies is None:
         entropies = torch.full_like(loss, torch.nan)
     return loss.view_as(labels), entropies.view_as(labels)
+
+
+def online_scorer(reference: ModelConfig, corpus: Corpus, entropy: bool) -> Scorer:
+    """A reference that scores the batches of a training where they are, in bfloat16 on an accelerator."""
+    model = load_reference(reference, corpus, "float32" if device().type == "cpu" else "bfloat16")
+
+    def scorer(batch: Batch) -> dict[str, Tensor]:
+        loss_BT, entropy_BT = score_batch(model, batch, entropy)
+        return {"ref_loss": loss_BT, "ref_entropy": entropy_BT} if entropy else {"ref_loss": loss_BT}
+
+    return scorer
 
 
 def mean_loss(model: PreTrainedModel, corpus: Corpus, batch_size: int = 8) -> MeanLoss:

@@ -88,7 +88,7 @@ def mean_of(scorer: Scorer, corpus: Corpus, batch_size: int) -> MeanLoss:
     for shard in corpus.shards:
         for batch in batches(corpus, shard, batch_size):
             scores = scorer(batch)
-            loss_BT = scores["ref_loss"].double()
+            loss_BT = scores["ref_loss"].cpu().double()
             labelled = batch["labels"] != IGNORE_INDEX
             if (unread_BT := scores.get(UNREAD)) is not None:
                 labelled &= ~unread_BT

@@ -1,0 +1,156 @@
+"""The filtered backward against the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
+
+from rho.errors import ConfigError
+from rho.filtered import MAKES_KEYS_OR_VALUES, FilteredBackward
+from rho.models import with_lora
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 13, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12,
+    "max_position_embeddings": 16,
+}  # fmt: skip
+KINDS: dict[str, Callable[..., Any]] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gpt_neox": GPTNeoXConfig}
+IDS = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
+KEPT = torch.tensor([[0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.float64)  # a row's weight in the loss
+
+
+def model(kind: str = "llama", **settings: Any) -> Any:
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(KINDS[kind](**{**SMALL, "num_key_value_heads": 2, **settings}))
+    return made.double().train()
+
+
+def loss(network: Any, weight_BT: Tensor = KEPT) -> Tensor:
+    hidden = network.base_model(input_ids=IDS, use_cache=False).last_hidden_state
+    return (hidden.pow(3).sum(-1) * weight_BT).sum()
+
+
+def gradients(network: Any, weight_BT: Tensor = KEPT) -> dict[str, Tensor]:
+    network.zero_grad()
+    loss(network, weight_BT).backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def differing(found: dict[str, Tensor], exact: dict[str, Tensor]) -> set[str]:
+    assert found.keys() == exact.keys()
+    return {name for name in exact if not torch.allclose(found[name], exact[name], rtol=1e-11, atol=1e-13)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_the_last_block_nothing_is_lost(kind: str) -> None:
+    network = model(kind)
+    exact = gradients(network)
+    FilteredBackward(network, exact=True)
+    assert differing(gradients(network), exact) == set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_without_a_gradient_changes_no_weight_but_those_of_keys_and_values(kind: str) -> None:
+    """Each projection's weight gradient is the sum over the kept rows of what the filtered stream brings there."""
+    network = model(kind)
+    products: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, given: Any, output: Tensor) -> None:
+            x = given[0].detach().flatten(0, 1)
+            output.register_hook(lambda grad: products.__setitem__(name, per_row(grad.flatten(0, 1), x)))
+
+        def per_row(grad: Tensor, x: Tensor) -> Tensor:
+            return grad[:, :, None] * x[:, None, :]
+
+        return hook
+
+    FilteredBackward(network)
+    for name, layer in network.named_modules():
+        if type(layer) is nn.Linear and "layers" in name:
+            layer.register_forward_hook(watch(name))
+    found = gradients(network)
+    kept = KEPT.flatten() != 0
+    assert len(products) >= 3 * 4
+    for name, rows in products.items():
+        counted = rows if MAKES_KEYS_OR_VALUES.search(name) else rows[kept]
+        torch.testing.assert_close(found[f"{name}.weight"], counted.sum(0), rtol=1e-11, atol=1e-13)
+        if MAKES_KEYS_OR_VALUES.search(name):
+            assert rows[~kept].abs().max() > 0  # which is what is kept of them
+
+
+def test_only_blocks_below_the_last_lose_something() -> None:
+    network = model()
+    exact = gradients(network)
+    FilteredBackward(network)
+    lost = differing(gradients(network), exact)
+    assert lost and not [name for name in lost if ".layers.2." in name and "norm" not in name]
+
+
+def test_with_a_gradient_for_every_token_nothing_is_filtered() -> None:
+    network = model()
+    exact = gradients(network, KEPT + 0.1)
+    FilteredBackward(network)
+    assert differing(gradients(network, KEPT + 0.1), exact) == set()
+
+
+def test_only_training_is_filtered() -> None:
+    network = model().eval()
+    exact = gradients(network)
+    FilteredBackward(network)
+    assert differing(gradients(network), exact) == set()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # its name until 5.20
+def test_it_holds_with_gradient_checkpointing_autocast_and_biases() -> None:
+    plain, checkpointed = model(attention_bias=True, mlp_bias=True), model(attention_bias=True, mlp_bias=True)
+    for network in (plain, checkpointed):
+        FilteredBackward(network)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    assert differing(gradients(checkpointed), gradients(plain)) == set()
+    single = model().float()
+    FilteredBackward(single)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = loss(single)
+    total.backward()
+    assert {p.grad.dtype for p in single.model.layers.parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+def test_adapters_are_filtered_too() -> None:
+    def adapted() -> Any:
+        return with_lora(model().float(), {"target_modules": "all-linear", "init_lora_weights": False}).double().train()
+
+    exact, filtered = adapted(), adapted()
+    FilteredBackward(filtered)
+    whole = {n: p for n, p in gradients(exact.get_base_model()).items() if "lora" in n}
+    lost = differing({n: p for n, p in gradients(filtered.get_base_model()).items() if "lora" in n}, whole)
+    assert lost and not [name for name in lost if ".layers.2." in name and "norm" not in name]
+
+
+def test_compare_tells_how_near_it_comes_and_leaves_the_backward_possible() -> None:
+    network = model()
+    exact, other = gradients(network), gradients(model(), KEPT)
+    assert differing(exact, other) == set()
+    filtered_backward = FilteredBackward(network)
+    filtered = gradients(network)
+    blocks = [name for name in exact if ".layers." in name]
+    a, b = (torch.cat([grads[name].flatten() for name in blocks]) for grads in (filtered, exact))
+    total = loss(network)
+    found = filtered_backward.compare(total)
+    assert found["cosine"] == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), rel=1e-9)
+    assert found["norm_ratio"] == pytest.approx(float(a.norm() / b.norm()), rel=1e-9)
+    assert 0.0 < found["cosine"] < 1.0
+    network.zero_grad()
+    total.backward()
+    assert differing({n: p.grad for n, p in network.named_parameters() if p.grad is not None}, filtered) == set()
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    config = GPT2Config(vocab_size=13, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel hold no"):
+        FilteredBackward(AutoModelForCausalLM.from_config(config))
