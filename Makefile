@@ -22,6 +22,7 @@ format: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/demo_seeds.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/write_results.py
 
 # `ready` is made last, so that an interrupted installation is done again.

@@ -14,6 +14,7 @@ which a busy machine disturbs least. No optimizer: it is the same for all.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -37,7 +38,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from rho.linear_loss import Head, linear_token_loss, selective_linear_loss
+from rho.backends import MODULES, Backend, SumLoss, cce_sum, liger_sum, linear_loss, torch_sum
+from rho.filtered import FilteredBackward
+from rho.linear_loss import Head, linear_token_loss
 from rho.objective import IGNORE_INDEX, excess_loss, predictors, slm_loss
 from rho.runs import environment
 from rho.selection import Selector
@@ -45,6 +48,7 @@ from rho.selection import Selector
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "plain Transformers CLM"
 RATIOS = (0.3, 0.6)
+SUMS: dict[Backend, SumLoss] = {"torch": torch_sum, "liger": liger_sum, "cce": cce_sum}
 
 
 @dataclass(frozen=True)
@@ -109,29 +113,11 @@ def transformers_clm(hidden: Tensor, head: Head, batch: Batch) -> tuple[Tensor, 
     return loss, batch.labels != IGNORE_INDEX
 
 
-def torch_clm(hidden: Tensor, head: Head, batch: Batch) -> tuple[Tensor, Tensor]:
-    """torch's own chunked loss, with our number of rows: its default is slow at small widths."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=batch.chunk or (4096 if hidden.is_cuda else 512))
+def library_clm(sum_loss: SumLoss, hidden: Tensor, head: Head, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Another library's fused loss of all tokens, without one for each."""
+    mask = batch.labels != IGNORE_INDEX
     rows = predictors(hidden).flatten(0, 1)
-    loss = F.linear_cross_entropy(rows, head.weight_VD, batch.labels.flatten(), options=options)
-    return loss, batch.labels != IGNORE_INDEX
-
-
-def liger_clm(hidden: Tensor, head: Head, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Liger-Kernel's fused loss."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss()(head.weight_VD, predictors(hidden).flatten(0, 1), batch.labels.flatten())
-    return loss, batch.labels != IGNORE_INDEX
-
-
-def cce_clm(hidden: Tensor, head: Head, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Apple's Cut Cross-Entropy, in the variant for pre-training."""
-    from cut_cross_entropy import linear_cross_entropy
-
-    rows = predictors(hidden).flatten(0, 1)
-    loss = linear_cross_entropy(rows, head.weight_VD, batch.labels.flatten(), impl="cce_kahan_full_c")
-    return loss, batch.labels != IGNORE_INDEX
+    return sum_loss(rows, head.weight_VD, batch.labels.flatten()) / mask.sum(), mask
 
 
 def naive_losses(hidden: Tensor, head: Head, batch: Batch) -> Tensor:
@@ -147,8 +133,10 @@ def naive_slm(ratio: float, hidden: Tensor, head: Head, batch: Batch) -> tuple[T
     return slm_loss(loss, mask, mask.sum()), mask
 
 
-def ours(selector: Selector, hidden: Tensor, head: Head, batch: Batch) -> tuple[Tensor, Tensor]:
-    """One pass over the head."""
+def ours(
+    selector: Selector, hidden: Tensor, head: Head, batch: Batch, backend: Backend = "rho"
+) -> tuple[Tensor, Tensor]:
+    """One pass over the head, or two where another library's loss follows ours."""
 
     def choose(part: slice, loss: Tensor, seen: Tensor, everything: bool) -> Tensor:
         score = excess_loss(loss, batch.ref_loss[part])
@@ -156,7 +144,7 @@ def ours(selector: Selector, hidden: Tensor, head: Head, batch: Batch) -> tuple[
             return selector.select_step([[score]], [seen])[0]
         return selector.select([score], seen, batch.thresholds.get(selector.ratio))
 
-    total, _, mask = selective_linear_loss(
+    total, _, mask = linear_loss(backend)(
         predictors(hidden),
         head,
         batch.labels,
@@ -170,27 +158,32 @@ def ours(selector: Selector, hidden: Tensor, head: Head, batch: Batch) -> tuple[
 def rows() -> dict[str, Loss]:
     """What is measured, by name."""
     found: dict[str, Loss] = {BASELINE: transformers_clm}
-    if hasattr(F, "linear_cross_entropy"):
-        found["chunked CLM, torch"] = torch_clm
-    for name, loss in (("liger_kernel", liger_clm), ("cut_cross_entropy", cce_clm)):
-        if importable(name):
-            found[f"chunked CLM, {name}"] = loss
+    here = libraries()
+    for name, sum_loss in SUMS.items():
+        if here[name]:
+            found[f"chunked CLM, {name}"] = partial(library_clm, sum_loss)
     found["chunked CLM, ours"] = partial(ours, Selector("excess", 1.0))
     for ratio in RATIOS:
         found[f"naive SLM {ratio}"] = partial(naive_slm, ratio)
     for scope in ("sequence", "running", "batch", "step"):
         for ratio in RATIOS:
             found[f"ours, {scope} {ratio}"] = partial(ours, Selector("excess", ratio, scope))  # type: ignore[arg-type]
+    for name in SUMS:
+        if here[name]:
+            found[f"two passes, {name} 0.6"] = partial(ours, Selector("excess", 0.6), backend=name)  # type: ignore[arg-type]
     return found
 
 
-def importable(module: str) -> bool:
-    """Whether a library is here and works."""
-    try:
-        __import__(module)
-    except Exception:  # whatever a library without its GPU raises
-        return False
-    return True
+def libraries() -> dict[Backend, bool]:
+    """Whose losses are here and work."""
+    found: dict[Backend, bool] = {"torch": hasattr(F, "linear_cross_entropy")}
+    for name, module in MODULES.items():
+        try:
+            __import__(module)
+            found[name] = torch.cuda.is_available()
+        except Exception:  # whatever a library without its GPU raises
+            found[name] = False
+    return found
 
 
 def backbone(model: LlamaForCausalLM, batch: Batch) -> Tensor:
@@ -213,6 +206,12 @@ def with_reference(loss: Loss, naive: bool, reference: LlamaForCausalLM, model: 
 def step(loss: Loss, model: LlamaForCausalLM, batch: Batch) -> None:
     """Forward and backward."""
     loss(backbone(model, batch), Head(model.lm_head.weight), batch)[0].backward()
+
+
+def filtered_step(loss: Loss, model: LlamaForCausalLM, batch: Batch) -> None:
+    """A step of a model that is not the one whose gradients are cleared for every row."""
+    model.zero_grad()
+    step(loss, model, batch)
 
 
 def head_only(loss: Loss, hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
@@ -346,6 +345,12 @@ def measure(size: Size, rounds: int, device: torch.device, chunk: int | None) ->
     for name, naive in (("naive SLM 0.6", True), ("ours, sequence 0.6", False)):
         online = partial(with_reference, losses[name], naive, reference, model, batch)
         steps[f"{name}, online reference"] = partial(fresh, online)
+    for what, exact in (("last block skipped", True), ("filtered backward", False)):
+        other = copy.deepcopy(model)
+        FilteredBackward(other, exact)
+        for ratio in RATIOS:
+            name = f"ours, sequence {ratio}"
+            steps[f"{name}, {what}"] = partial(fresh, partial(filtered_step, losses[name], other, batch))
     for name, found in interleaved(steps, rounds, device).items():
         per_second = batch.labels.numel() / found["seconds"]
         result.setdefault(name, {}).update(step=found, tokens_per_second=round(per_second, 1))
@@ -391,9 +396,7 @@ def main() -> None:
     result = {"sizes": {}} | (json.loads(out.read_bytes()) if out.is_file() else {})
     clock = "CPU time" if device.type == "cpu" and arguments.threads == 1 else "wall time"
     result |= {"machine": name, "environment": environment(), "threads": arguments.threads, "clock": clock}
-    missing = {"torch": hasattr(F, "linear_cross_entropy")}
-    missing |= {library: importable(library) for library in ("liger_kernel", "cut_cross_entropy")}
-    result["not_run"] = [f"chunked CLM, {library}" for library, found in missing.items() if not found]
+    result["not_run"] = [f"chunked CLM, {library}" for library, found in libraries().items() if not found]
     for size in arguments.size or [one for one, size in SIZES.items() if size.accelerator == (device.type == "cuda")]:
         load = os.getloadavg()[0]
         result["sizes"][size] = measure(SIZES[size], arguments.rounds, device, arguments.chunk) | {"load": load}

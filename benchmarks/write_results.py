@@ -182,15 +182,18 @@ SCORING_KILLS = """Scoring with two workers at a time was killed at {kills} rand
 STEPS = """## The training step
 
 Forward and backward, no optimizer, random weights; every row of a size in one process, interleaved. Ratios are medians
-of {rounds} rounds (with quartiles) by plain Transformers CLM in the same round; *head* is head and loss alone, *MiB*
-what they allocate at most beside hidden states and weights; *error* is of their gradients, against float64.
+of {rounds} rounds or more (with quartiles) by plain Transformers CLM in the same round, in the columns "of ours" by our
+own chunked CLM; *head* is head and loss alone, *MiB* what they allocate at most beside hidden states and weights;
+*error* is of their gradients, against float64. What each row is: [step.md](step.md).
 
-    python benchmarks/step.py        # on a GPU: other sizes; PYTHONPATH=src where rho is not installed
+    PYTHONPATH=src python benchmarks/step.py        # sizes that suit the device; on a GPU 125m, 1b and 128k
+
+Not run: {not_run}.
 """
 STEP = """### {name}: {parameters:.1f} M parameters, vocabulary {vocab:,}, {tokens:,} tokens ({machine}, {clock})
 
-| | step | tokens/s | head | MiB | error |
-|---|---|---|---|---|---|
+| | step | of ours | tokens/s | head | of ours | MiB | error |
+|---|---|---|---|---|---|---|---|
 {rows}
 """
 
@@ -213,11 +216,86 @@ def step_section(result: dict[str, Any], name: str) -> str:
 def step_row(name: str, row: dict[str, Any]) -> str:
     """One way to train, as a table row."""
     step, *head = (
-        f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})"
-        for ratio in (row[part]["to_transformers"] for part in ("step", "head") if part in row)
+        [f"{one['to_transformers']['median']:.3f} ({one['to_transformers']['low']:.3f}-"
+         f"{one['to_transformers']['high']:.3f})", f"{one['to_chunked']['median']:.2f}"]
+        for one in (row[part] for part in ("step", "head") if part in row)
     )
-    rest = [*head, f"{row['head_bytes'] / 2**20:.0f}", f"{row['gradient_error']:.1e}"] if head else ["-"] * 3
-    return f"| {name} | {step} | {row['tokens_per_second']:,.0f} | {' | '.join(rest)} |"
+    rest = [*head[0], f"{row['head_bytes'] / 2**20:.0f}", f"{row['gradient_error']:.1e}"] if head else ["-"] * 4
+    return f"| {name} | {' | '.join(step)} | {row['tokens_per_second']:,.0f} | {' | '.join(rest)} |"
+
+
+def not_run(steps: list[dict[str, Any]]) -> str:
+    """Rows and sizes that no machine has measured yet."""
+    sizes = [size for size in ("125m", "1b", "128k") if not any(size in one["sizes"] for one in steps)]
+    libraries = set.intersection(*(set(one["not_run"]) for one in steps))
+    found = [f"size {size} (no GPU was at hand)" for size in sizes] + sorted(libraries)
+    return ", ".join(found) or "nothing"
+
+
+GROWTH = """## How step and memory grow
+
+A llama of 4 layers, 256 wide; vocabulary 8,192, 2 sequences of 512 unless the axis says otherwise ({machine}, one thread,
+CPU time). Seconds of forward and backward; the ratio is to plain Transformers CLM.
+
+    PYTHONPATH=src python benchmarks/growth.py
+
+![Step time and loss memory](growth.svg)
+
+| axis | | plain, s | selection 0.6, s | ratio |
+|---|---|---|---|---|
+{times}
+
+Memory of head and loss at a vocabulary of 32,000, width 256, MiB. *Beyond* is what selection takes beside the gradients
+of hidden states and head:
+
+| tokens | plain | selection 0.6 | share | beyond |
+|---|---|---|---|---|
+{memory}
+"""
+PLAIN, SELECTION = "plain Transformers CLM", "ours, sequence 0.6"
+
+
+def growth_section(result: dict[str, Any]) -> str:
+    """Tables of the growth; the plot goes beside the page."""
+    times = [
+        f"| {axis} | {int(value):,} | {rows[PLAIN]['seconds']:.3f} | {rows[SELECTION]['seconds']:.3f} | "
+        f"{rows[SELECTION]['to_transformers']['median']:.2f} |"
+        for axis, points in result["axes"].items()
+        for value, rows in points.items()
+    ]
+    memory = []
+    for tokens, one in result["memory"].items():
+        plain, selection = (one["rows"][name] / 2**20 for name in (PLAIN, SELECTION))
+        beyond = selection - (one["hidden_bytes"] + one["weight_bytes"]) / 2**20
+        memory.append(f"| {int(tokens):,} | {plain:,.0f} | {selection:.0f} | {selection / plain:.3f} | {beyond:.0f} |")
+    growth_plot(result, PAGE.parent / "growth.svg")
+    return GROWTH.format(machine=result["machine"], times="\n".join(times), memory="\n".join(memory))
+
+
+def growth_plot(result: dict[str, Any], path: Path) -> None:
+    """Step time along each axis, and memory along the tokens."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "rho"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
+    lines = [(PLAIN, "#D55E00", "o"), (SELECTION, "#0072B2", "s")]
+    labels = {"length": "tokens a sequence", "vocab": "vocabulary", "rows": "sequences"}
+    for ax, (axis, points) in zip(axes, result["axes"].items(), strict=False):
+        for name, colour, marker in lines:
+            values = [int(value) for value in points]
+            seconds = [rows[name]["seconds"] for rows in points.values()]
+            ax.plot(values, seconds, marker=marker, color=colour, label=name)
+        ax.set(xlabel=labels[axis], ylabel="seconds a step", xscale="log", ylim=0)
+    memory = result["memory"]
+    for name, colour, marker in lines:
+        sizes = [one["rows"][name] / 2**20 for one in memory.values()]
+        axes[-1].plot([int(tokens) for tokens in memory], sizes, marker=marker, color=colour, label=name)
+    axes[-1].set(xlabel="tokens", ylabel="MiB of head and loss", xscale="log", yscale="log")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -235,8 +313,12 @@ def main() -> None:
     killed_scoring = SCORING_KILLS.format(kills=killed["kills"], stores=killed["stores"], verdict=verdict)
     steps = [json.loads(file.read_bytes()) for file in sorted((HERE / "results").glob("step-*.json"))]
     if steps:
-        sections.append(STEPS.format(rounds=max(size["rounds"] for one in steps for size in one["sizes"].values())))
+        rounds = min(size["rounds"] for one in steps for size in one["sizes"].values())
+        sections.append(STEPS.format(rounds=rounds, not_run=not_run(steps)))
         sections += [step_section(one, name) for one in steps for name in one["sizes"]]
+    growth = HERE / "results" / "growth.json"
+    if growth.is_file():
+        sections.append(growth_section(json.loads(growth.read_bytes())))
     versions = ", ".join(f"{name} {version}" for name, version in sorted(demo["environment"].items()))
     PAGE.write_text("\n".join([HEAD, *sections, kill_section(kills), killed_scoring, f"Versions: {versions}.\n"]))
     print(PAGE)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from rho.objective import IGNORE_INDEX
 
 # Rows of logits alive at once. Every chunk rewrites the head's gradient, so few rows cost more than they save.
-CHUNK_CPU, CHUNK = 512, 4096
+CHUNK_CPU, CHUNK = 384, 4096
 CHUNK_CPU_SCORING = 128  # without a gradient: small beside a small model's weights
 CACHED = 1 << 17  # logits that a CPU core's cache holds: what is done to them element by element is done in such blocks
 
