@@ -216,8 +216,11 @@ def step_section(result: dict[str, Any], name: str) -> str:
 def step_row(name: str, row: dict[str, Any]) -> str:
     """One way to train, as a table row."""
     step, *head = (
-        [f"{one['to_transformers']['median']:.3f} ({one['to_transformers']['low']:.3f}-"
-         f"{one['to_transformers']['high']:.3f})", f"{one['to_chunked']['median']:.2f}"]
+        [
+            f"{one['to_transformers']['median']:.3f} ({one['to_transformers']['low']:.3f}-"
+            f"{one['to_transformers']['high']:.3f})",
+            f"{one['to_chunked']['median']:.2f}",
+        ]
         for one in (row[part] for part in ("step", "head") if part in row)
     )
     rest = [*head[0], f"{row['head_bytes'] / 2**20:.0f}", f"{row['gradient_error']:.1e}"] if head else ["-"] * 4
@@ -234,8 +237,8 @@ def not_run(steps: list[dict[str, Any]]) -> str:
 
 GROWTH = """## How step and memory grow
 
-A llama of 4 layers, 256 wide; vocabulary 8,192, 2 sequences of 512 unless the axis says otherwise ({machine}, one thread,
-CPU time). Seconds of forward and backward; the ratio is to plain Transformers CLM.
+A llama of 4 layers, 256 wide; vocabulary 8,192, 2 sequences of 512 unless the axis says otherwise ({machine}, one
+thread, CPU time). Seconds of forward and backward; the ratio is to plain Transformers CLM.
 
     PYTHONPATH=src python benchmarks/growth.py
 

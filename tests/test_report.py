@@ -103,6 +103,15 @@ def curve(*points: tuple[int, float]) -> list[Evaluation]:
     return [Evaluation("slm", 0, step, 100 * step, 60 * step, "target", loss, 1.0) for step, loss in points]
 
 
+def test_a_filtered_gradient_is_shown_beside_the_exact_one(run: Path) -> None:
+    assert "Filtered backward" not in report(run)[0]
+    steps = [logged(1, 5, filtered={"cosine": 0.98761, "norm_ratio": 0.9}), logged(2, 5)]
+    put(run / "train/fast-seed3", "steps.jsonl", steps)
+    page, _ = report(run)
+    cells = re.search(r"<tr><td>fast</td>(<td.*?0\.9876</td>.*?)</tr>", page)
+    assert cells and re.findall(r">([\d.]+)<", cells[1]) == ["3", "1", "0.9876", "0.900"]
+
+
 def test_the_goal_is_interpolated_between_checkpoints() -> None:
     assert tokens_to_loss(curve((1, 5.0), (2, 4.0), (4, 2.0)), 3.0) == (300.0, 180.0)
     assert tokens_to_loss(curve((1, 5.0), (2, 4.0)), 4.0) == (200.0, 120.0)

@@ -40,6 +40,7 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         results=_results(summary),
         selective=[arm for arm in run.arms if run.selective(arm)],
         plots=_step_plots(run),
+        filtered=_filtered_rows(run),
         labels=labels,
         label_rows=_label_rows(summary, labels),
         pages=token_pages(run.tokens),
@@ -103,6 +104,16 @@ def _target_plots(run: Run, summary: dict[str, Any]) -> list[plots.Plot]:
     if max(len(curve) for runs in curves.values() for curve in runs) < 4:
         return [whole]
     return [whole, plots.target_loss(curves, goal, None, since=0.5)]
+
+
+def _filtered_rows(run: Run) -> list[tuple[str, int, int, float, float]]:
+    """Arm, seed, step, cosine and norm ratio wherever a filtered gradient was compared with the exact one."""
+    return [
+        (arm, seed, step.step, step.filtered.get("cosine", math.nan), step.filtered.get("norm_ratio", math.nan))
+        for (arm, seed), steps in run.steps.items()
+        for step in steps
+        if step.filtered
+    ]
 
 
 def _step_plots(run: Run) -> dict[str, Any]:
