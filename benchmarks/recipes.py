@@ -18,7 +18,15 @@ from rho.runs import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recipes"
-NAMES = ["math-demo", "self-reference", "weak-to-strong", "iterated-reference", "selection-rules", "cross-tokenizer"]
+NAMES = [
+    "math-demo",
+    "self-reference",
+    "weak-to-strong",
+    "iterated-reference",
+    "selection-rules",
+    "cross-tokenizer",
+    "filtered-backward",
+]
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--size NAME ...] [--rounds 9] [--threads 1]
 
-Sizes `demo`, `8k` and `32k` are for a CPU, `125m`, `1b` and `128k` for a GPU (random weights, bfloat16, 2,048 tokens a
+Sizes `demo`, `8k`, `32k` and `wide` are for a CPU, `125m`, `1b` and `128k` for a GPU (random weights, bfloat16, 2,048 tokens a
 sequence); without `--size` all that suit the device are run. Needs torch, transformers and this folder's `src`
 (installed, or `PYTHONPATH=src`). Writes benchmarks/results/step-MACHINE.json, where sizes measured before are kept.
 
@@ -85,6 +85,7 @@ SIZES = {
     "demo": Size(4096, 128, 4, 4, 352, rows=8, length=256),
     "8k": Size(8192, 256, 8, 4, 704, rows=4, length=512),
     "32k": Size(32000, 256, 8, 4, 704, rows=4, length=512),
+    "wide": Size(8192, 512, 8, 8, 1376, rows=4, length=512),
     "125m": Size(32000, 768, 12, 12, 2048, rows=8, length=2048, accelerator=True),
     "1b": Size(32000, 2048, 22, 32, 5632, 4, 2048, key_value_heads=4, tied=False, accelerator=True),  # TinyLlama
     "128k": Size(128256, 2048, 16, 32, 8192, 4, 2048, key_value_heads=8, accelerator=True),  # Llama 3.2 1B
