@@ -2,8 +2,8 @@
 
     python benchmarks/step.py [--size NAME ...] [--rounds 9] [--threads 1]
 
-Sizes `demo`, `8k`, `32k` and `wide` are for a CPU, `125m`, `1b` and `128k` for a GPU (random weights, bfloat16, 2,048 tokens a
-sequence); without `--size` all that suit the device are run. Needs torch, transformers and this folder's `src`
+Sizes `demo`, `8k`, `32k` and `wide` are for a CPU, `125m`, `1b` and `128k` for a GPU (random weights, bfloat16, 2,048
+tokens a sequence); without `--size` all that suit the device are run. Needs torch, transformers and this folder's `src`
 (installed, or `PYTHONPATH=src`). Writes benchmarks/results/step-MACHINE.json, where sizes measured before are kept.
 
 All rows of a size run in one process, in a random order in every round; a ratio is the median over rounds of a row's
