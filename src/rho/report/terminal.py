@@ -1,0 +1,139 @@
+"""A text in the terminal: each token on the colour of one of its quantities, the selected ones underlined."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.style import Style
+from rich.table import Column, Table
+from rich.text import Text
+
+from rho.report.html import count, excess, loss, percent
+from rho.report.tokens import (
+    CLASSES,
+    DIFFERENCE,
+    Panel,
+    Scale,
+    Section,
+    by_class,
+    by_difference,
+    by_quantity,
+    colours,
+    documents,
+    highest,
+    in_line,
+    totals,
+)
+from rho.rows import TokenRow
+
+OPEN, CLOSE = "⟦", "⟧"  # around what would be underlined, where there is no colour
+
+
+def show(rows: Sequence[TokenRow], colour: str = "excess", console: Console | None = None) -> None:
+    """Print the text, its legend and a summary. No character of the text that controls a terminal gets through.
+
+    Args:
+        rows: of one pair of model and reference, or of several, which are shown side by side.
+        colour: one of `QUANTITIES`, `dynamics`, or `difference` of two.
+        console: where to; standard output if not given. Without a terminal there are no colours, and brackets stand
+            for underlines.
+    """
+    console = console or Console(highlight=False)
+    found, _ = documents(rows, len(rows))
+    make = {CLASSES: by_class, DIFFERENCE: by_difference}.get(colour, lambda found: by_quantity(colour, found))
+    section = make(found)
+    style = _Styles(console)
+    for document, panels in section.documents:
+        if len(section.documents) > 1:
+            name = " ".join(filter(None, (document.name, document.source)))
+            console.print(Text(in_line(name), "bold"), soft_wrap=True)
+        _side_by_side(panels, style, console)
+        console.print()
+    console.print(_legend(section, style))
+    console.print()
+    _summary(rows, console)
+
+
+class _Styles:
+    """How tokens look: on a terminal with the light background that its COLORFGBG tells of, or on a dark one."""
+
+    def __init__(self, console: Console) -> None:
+        dark = os.environ.get("COLORFGBG", "").rpartition(";")[2] not in ("7", "15")
+        ink = "#e6e7e9" if dark else "#1c1e21"
+        self.plain = not console.is_terminal or console.no_color
+        neutral = "b10"
+        self.of = {
+            name: Style() if name == neutral else Style.parse(f"{ink} on {colour}")
+            for name, colour in colours(dark).items()
+        } | {"n": Style(dim=True)}
+
+    def text(self, panel: Panel) -> Text:
+        """A coloured text."""
+        text = Text()
+        inside = False
+        for token in panel.tokens:
+            if self.plain and token.underlined != inside:
+                text.append(CLOSE if inside else OPEN)
+                inside = token.underlined
+            text.append(token.text, None if self.plain else self.of[token.colour] + Style(underline=token.underlined))
+        return text.append(CLOSE) if inside else text
+
+
+def _side_by_side(panels: Sequence[Panel], style: _Styles, console: Console) -> None:
+    texts = [style.text(panel) for panel in panels]
+    names = [Text(in_line(panel.view.name), "bold") for panel in panels if panel.view]
+    if len(panels) == 1 or style.plain:
+        for number, text in enumerate(texts):
+            if len(panels) > 1:
+                console.print(names[number], soft_wrap=True)
+            console.print(text, soft_wrap=style.plain)
+        return
+    columns = [Column(name, ratio=1, overflow="fold") for name in names]
+    table = Table(*columns, box=None, padding=(0, 1), expand=True)
+    table.add_row(*texts)
+    console.print(table)
+
+
+def _legend(section: Section, style: _Styles) -> Text:
+    text = Text(section.title)
+    if not style.plain:
+        text.append(": ")
+        if isinstance(section.key, Scale):
+            text.append(f"{section.key.low} ")
+            for name in section.key.colours:
+                text.append(" ", style.of[name])
+            text.append(f" {section.key.high}")
+        else:
+            text.append_text(Text(" ").join(Text(f" {name} ", style.of[key]) for name, key in section.key.items()))
+    text.append(", ")
+    text.append(
+        f"{OPEN}{section.underlined}{CLOSE}" if style.plain else section.underlined, Style(underline=not style.plain)
+    )
+    return text.append(". ⏎ line end, ⇥ tab, ⁺ same character")
+
+
+def _summary(rows: Sequence[TokenRow], console: Console) -> None:
+    for view in dict.fromkeys(row.view for row in rows):
+        of_view = [row for row in rows if row.view == view]
+        all_of_it = totals(of_view)
+        console.print(
+            Text(
+                f"{in_line(view)}: {count(all_of_it.tokens)} tokens, loss {loss(all_of_it.loss)}, reference "
+                f"{loss(all_of_it.ref_loss)}, excess {excess(all_of_it.excess)} nats per token, "
+                f"{percent(all_of_it.selected)} of {count(all_of_it.scored)} scored tokens selected"
+            ),
+            soft_wrap=True,
+        )
+        table = Table("excess", "loss", "reference", "highest excess, in context", box=None, padding=(0, 2, 0, 0))
+        for column in table.columns[:3]:
+            column.justify = "right"
+        for peak in highest(of_view):
+            context = Text(in_line(peak.before)[-30:], "dim", no_wrap=True, overflow="ellipsis")
+            mark = OPEN, CLOSE
+            context.append("".join([mark[0], in_line(peak.row.text), mark[1]]), Style(bold=True, dim=False))
+            context.append(in_line(peak.after)[:30])
+            row = peak.row
+            table.add_row(excess(row.excess), loss(row.loss), loss(row.ref_loss), context)
+        console.print(table)
