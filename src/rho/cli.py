@@ -277,9 +277,7 @@ def evaluate(
 
 @app.command(cls=_Command)
 def tokens(
-    text: Annotated[
-        str | None, typer.Argument(help="A file, folder, hf:NAME ..., or - for standard input.")
-    ] = None,
+    text: Annotated[str | None, typer.Argument(help="A file, folder, hf:NAME ..., or - for standard input.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or Hugging Face name; with --run, ARM-seedN.")] = None,
     reference: Annotated[str | None, typer.Option(help="What it is compared with, maybe of another tokenizer.")] = None,
     against: Annotated[str | None, typer.Option(help="A second model, shown beside the first.")] = None,

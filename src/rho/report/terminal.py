@@ -115,25 +115,25 @@ def _legend(section: Section, style: _Styles) -> Text:
 
 
 def _summary(rows: Sequence[TokenRow], console: Console) -> None:
-    for view in dict.fromkeys(row.view for row in rows):
-        of_view = [row for row in rows if row.view == view]
-        all_of_it = totals(of_view)
-        console.print(
-            Text(
-                f"{in_line(view)}: {count(all_of_it.tokens)} tokens, loss {loss(all_of_it.loss)}, reference "
-                f"{loss(all_of_it.ref_loss)}, excess {excess(all_of_it.excess)} nats per token, "
-                f"{percent(all_of_it.selected)} of {count(all_of_it.scored)} scored tokens selected"
-            ),
-            soft_wrap=True,
-        )
-        table = Table("excess", "loss", "reference", "highest excess, in context", box=None, padding=(0, 2, 0, 0))
-        for column in table.columns[:3]:
-            column.justify = "right"
+    views = {name: [row for row in rows if row.view == name] for name in dict.fromkeys(row.view for row in rows)}
+    table = _table("nats per token", "model", "reference", "excess", "selected", "tokens")
+    for name, of_view in views.items():
+        found = totals(of_view)
+        losses = (loss(found.loss), loss(found.ref_loss), excess(found.excess))
+        table.add_row(Text(in_line(name)), *losses, percent(found.selected), count(found.scored))
+    console.print(table)
+    for name, of_view in views.items():
+        console.print()
+        table = _table(f"highest excess, {in_line(name)}", "model", "reference", "excess")
         for peak in highest(of_view):
             context = Text(in_line(peak.before)[-30:], "dim", no_wrap=True, overflow="ellipsis")
-            mark = OPEN, CLOSE
-            context.append("".join([mark[0], in_line(peak.row.text), mark[1]]), Style(bold=True, dim=False))
+            context.append(f"{OPEN}{in_line(peak.row.text)}{CLOSE}", Style(bold=True, dim=False))
             context.append(in_line(peak.after)[:30])
-            row = peak.row
-            table.add_row(excess(row.excess), loss(row.loss), loss(row.ref_loss), context)
+            table.add_row(context, loss(peak.row.loss), loss(peak.row.ref_loss), excess(peak.row.excess))
         console.print(table)
+
+
+def _table(first: str, *numbers: str) -> Table:
+    # As `Text`, for in a plain string square brackets would be mark-up.
+    columns = [Column(Text(first)), *(Column(name, justify="right") for name in numbers)]
+    return Table(*columns, box=None, padding=(0, 2, 0, 0))

@@ -18,10 +18,10 @@ _CATEGORIES_SHOWN_AS_ESCAPES = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
 # The ends and the middle of the colour scale, for black text on a light page and white text on a dark one.
 _LIGHT = ((0x7F, 0xB4, 0xE6), (0xFF, 0xFF, 0xFF), (0xF7, 0xA6, 0x5B))
 _DARK = ((0x1B, 0x64, 0xA5), (0x1D, 0x1F, 0x23), (0x98, 0x4B, 0x0A))
-# The classes of token dynamics (paper, section 2.1), with their colours on a light page and on a dark one.
+# The classes of token dynamics (paper, section 2.1), with colours that colour-blind eyes tell apart, light and dark.
 DYNAMICS = {
     "H->H": ("#f7a65b", "#984b0a"),
-    "L->H": ("#d9a3dd", "#7a3b84"),
+    "L->H": ("#f9dc3c", "#695a3c"),
     "H->L": ("#7fb4e6", "#1b64a5"),
     "L->L": ("#e6e8eb", "#34383e"),
 }
