@@ -17,6 +17,7 @@ import pytest
 from rho.errors import DataError
 from rho.report import write_report
 from rho.report.data import Evaluation
+from rho.report.explorer import rows_of_run
 from rho.report.page import headline
 from rho.report.summary import tokens_to_loss
 from rho.report.tokens import colour_bin, colour_limit, colours, visible
@@ -205,6 +206,23 @@ def test_tokens_are_coloured_underlined_and_explained(run: Path) -> None:
     assert '<span class="n" title="loss 2.00, rank 0.50, not selected">def</span>' in page
     assert '<span class="b20 s" title="loss 2.00, ref 1.00, excess +1.00, rank 0.50, selected, code"> f</span>' in page
     assert '<span class="b0" title="loss 2.00, ref 3.00, excess -1.00, rank 0.50, not selected">⏎\n⇥</span>' in page
+
+
+def test_the_explorer_shows_the_models_of_a_run_that_are_named(run: Path) -> None:
+    tokens = [token("def", 1.0, arm="clm"), token(" f", 2.0, arm="clm")]
+    put(run / "evaluate/clm-seed0", "losses.jsonl", [], tokens=tokens)
+    assert [row.text for row in rows_of_run(run)] == ["def", " f", "\n\t", "def", " f"]
+    assert [row.view for row in rows_of_run(run, ["clm-seed0", "slm-seed0"])] == ["clm, seed 0"] * 2 + [
+        "slm, seed 0"
+    ] * 3
+    with pytest.raises(DataError, match="expected one of slm-seed0, clm-seed0, found slm-seed1"):
+        rows_of_run(run, ["slm-seed1"])
+
+
+def test_a_run_without_token_rows_says_how_to_get_some(tmp_path: Path) -> None:
+    put(tmp_path / "evaluate", "losses.jsonl", [], target="target")
+    with pytest.raises(DataError, match=r"Set evaluate\.explore in the run's config"):
+        rows_of_run(tmp_path)
 
 
 def test_hostile_strings_are_shown_and_never_raw(tmp_path: Path) -> None:

@@ -300,10 +300,10 @@ def tokens(
     from rho.report.explorer import rows_of_run, write_page
     from rho.report.terminal import show
 
-    if run_folder is not None:
+    if run_folder is not None and text is None and reference is None:
         rows = rows_of_run(run_folder, [name for name in (model, against) if name])
-    elif text is None or model is None or reference is None:
-        raise ConfigError("rho tokens: expected a text, --model and --reference; or --run. Give them.")
+    elif run_folder is not None or text is None or model is None or reference is None:
+        raise ConfigError("rho tokens: expected either a text, --model and --reference, or --run and no text.")
     else:
         settings = {"ratio": ratio, "context": context, "max_tokens": max_tokens, "precision": precision}
         config = validated(ExploreConfig, settings, "rho tokens")

@@ -43,8 +43,9 @@ def rows_of_run(run: Path, arms: Sequence[str] = ()) -> list[TokenRow]:
         by_model.setdefault(f"{row.arm}-seed{row.seed}", []).append(row)
     if not rows:
         raise DataError(
-            f"{run}: no tokens.parquet under evaluate/. Set evaluate.explore in its config and run it again."
+            f"{run}: expected a tokens.parquet under evaluate/, found none. Set evaluate.explore in the run's config and "
+            "run it again."
         )
     if missing := [arm for arm in arms if arm not in by_model]:
-        raise DataError(f"{run}: expected one of {', '.join(by_model)}, found {missing[0]}.")
+        raise DataError(f"{run}: expected one of {', '.join(by_model)}, found {missing[0]}. Give a model of this run.")
     return [row for arm in arms or by_model for row in by_model[arm]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -12,18 +13,14 @@ from rich.text import Text
 
 from rho.report.html import count, excess, loss, percent
 from rho.report.tokens import (
-    CLASSES,
-    DIFFERENCE,
     Panel,
     Scale,
     Section,
-    by_class,
-    by_difference,
-    by_quantity,
     colours,
     documents,
     highest,
     in_line,
+    section,
     totals,
 )
 from rho.rows import TokenRow
@@ -42,16 +39,15 @@ def show(rows: Sequence[TokenRow], colour: str = "excess", console: Console | No
     """
     console = console or Console(highlight=False)
     found, _ = documents(rows, len(rows))
-    make = {CLASSES: by_class, DIFFERENCE: by_difference}.get(colour, lambda found: by_quantity(colour, found))
-    section = make(found)
+    shown = section(colour, found)
     style = _Styles(console)
-    for document, panels in section.documents:
-        if len(section.documents) > 1:
+    for document, panels in shown.documents:
+        if len(shown.documents) > 1:
             name = " ".join(filter(None, (document.name, document.source)))
             console.print(Text(in_line(name), "bold"), soft_wrap=True)
         _side_by_side(panels, style, console)
         console.print()
-    console.print(_legend(section, style))
+    console.print(_legend(shown, style))
     console.print()
     _summary(rows, console)
 
@@ -96,20 +92,20 @@ def _side_by_side(panels: Sequence[Panel], style: _Styles, console: Console) -> 
     console.print(table)
 
 
-def _legend(section: Section, style: _Styles) -> Text:
-    text = Text(section.title)
+def _legend(shown: Section, style: _Styles) -> Text:
+    text = Text(shown.title)
     if not style.plain:
         text.append(": ")
-        if isinstance(section.key, Scale):
-            text.append(f"{section.key.low} ")
-            for name in section.key.colours:
+        if isinstance(shown.key, Scale):
+            text.append(f"{shown.key.low} ")
+            for name in shown.key.colours:
                 text.append(" ", style.of[name])
-            text.append(f" {section.key.high}")
+            text.append(f" {shown.key.high}")
         else:
-            text.append_text(Text(" ").join(Text(f" {name} ", style.of[key]) for name, key in section.key.items()))
+            text.append_text(Text(" ").join(Text(f" {name} ", style.of[key]) for name, key in shown.key.items()))
     text.append(", ")
     text.append(
-        f"{OPEN}{section.underlined}{CLOSE}" if style.plain else section.underlined, Style(underline=not style.plain)
+        f"{OPEN}{shown.underlined}{CLOSE}" if style.plain else shown.underlined, Style(underline=not style.plain)
     )
     return text.append(". ⏎ line end, ⇥ tab, ⁺ same character")
 
@@ -126,14 +122,18 @@ def _summary(rows: Sequence[TokenRow], console: Console) -> None:
         console.print()
         table = _table(f"highest excess, {in_line(name)}", "model", "reference", "excess")
         for peak in highest(of_view):
-            context = Text(in_line(peak.before)[-30:], "dim", no_wrap=True, overflow="ellipsis")
-            context.append(f"{OPEN}{in_line(peak.row.text)}{CLOSE}", Style(bold=True, dim=False))
-            context.append(in_line(peak.after)[:30])
+            context = Text(_around(peak.before)[-24:].rjust(24), "dim", no_wrap=True, overflow="ellipsis")
+            context.append(f"{OPEN}{in_line(peak.row.text)}{CLOSE}", "not dim bold").append(_around(peak.after)[:24])
             table.add_row(context, loss(peak.row.loss), loss(peak.row.ref_loss), excess(peak.row.excess))
         console.print(table)
 
 
+def _around(text: str) -> str:
+    """What stands around a token, with indentation cut short."""
+    return re.sub(" {2,}", " ", in_line(text))
+
+
 def _table(first: str, *numbers: str) -> Table:
     # As `Text`, for in a plain string square brackets would be mark-up.
-    columns = [Column(Text(first)), *(Column(name, justify="right") for name in numbers)]
+    columns = [Column(Text(first)), *(Column(name, justify="right", no_wrap=True) for name in numbers)]
     return Table(*columns, box=None, padding=(0, 2, 0, 0))

@@ -236,6 +236,19 @@ def sections(found: Sequence[Document]) -> list[Section]:
     return made
 
 
+def section(name: str, found: Sequence[Document]) -> Section:
+    """The section of one name.
+
+    Raises:
+        DataError: nothing of the kind is known of these documents.
+    """
+    made = {one.name: one for one in sections(found)}
+    if name not in made:
+        advice = "Give a second model or reference" if name == DIFFERENCE else "Take a run that knows them"
+        raise DataError(f"colour: expected one of {', '.join(made)} for this text, found {name}. {advice}.")
+    return made[name]
+
+
 def by_quantity(name: str, found: Sequence[Document]) -> Section:
     """The documents coloured by one of `QUANTITIES`."""
     quantity = QUANTITIES[name]
