@@ -153,7 +153,8 @@ def test_two_views_stand_side_by_side() -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_nothing_hostile_reaches_the_terminal(terminal: bool) -> None:
-    rows = [row(text, document=text, source=text, arm=text, label=text, dynamics=text) for text in HOSTILE]
+    hostile = [row(text, document=text, source=text, arm=text, label=text, dynamics=text) for text in HOSTILE]
+    rows = [*hostile, *(replace(one, arm=f"another {one.arm}") for one in hostile)]  # two views of each
     for colour in ("excess", "dynamics"):
         out = printed(rows, colour, terminal)
         left = {character for character in STYLES.sub("", out) if unicodedata.category(character) in ("Cc", "Cf", "Cs")}

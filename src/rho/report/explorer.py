@@ -43,8 +43,8 @@ def rows_of_run(run: Path, arms: Sequence[str] = ()) -> list[TokenRow]:
         by_model.setdefault(f"{row.arm}-seed{row.seed}", []).append(row)
     if not rows:
         raise DataError(
-            f"{run}: expected a tokens.parquet under evaluate/, found none. Set evaluate.explore in the run's config and "
-            "run it again."
+            f"{run}: expected a tokens.parquet under evaluate/, found none. Set evaluate.explore in the run's config "
+            "and run it again."
         )
     if missing := [arm for arm in arms if arm not in by_model]:
         raise DataError(f"{run}: expected one of {', '.join(by_model)}, found {missing[0]}. Give a model of this run.")
