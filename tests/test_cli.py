@@ -20,7 +20,7 @@ from rho.runs import read_manifest
 from rho.tokenizer import Tokenizer
 from rho.train import TrainConfig
 
-STAGES = ["demo", "run", "tokenizer", "corpus", "reference", "score", "train", "evaluate", "report"]
+STAGES = ["demo", "run", "tokenizer", "corpus", "reference", "score", "train", "evaluate", "tokens", "report"]
 GOOD = '{"text": "1234567890123456"}\n'
 
 
@@ -497,3 +497,27 @@ def test_every_stage_runs_alone_and_is_fresh_the_second_time(rho, tmp_path, mode
         assert "fresh" in second.err
         assert first.out == second.out != ""
     assert json.loads(first.out)["set"] == "own"
+
+
+# tokens
+
+
+def test_tokens_prints_a_text_or_writes_a_page(rho, reference, tmp_path):
+    (tmp_path / "note.md").write_text("The shift by one.")
+    models = ["--model", reference / "model", "--reference", reference]
+    shown = rho("tokens", tmp_path / "note.md", *models, "--ratio", "1.0", "--colour", "rank")
+    assert shown.code == 0 and shown.out.startswith("⟦The shift by one.⟧\n")
+    page = tmp_path / "page.html"
+    assert rho("tokens", tmp_path / "note.md", *models, "--out", page).out == f"{page}\n"
+    assert "<title>note.md: token by token</title>" in page.read_text()
+
+
+def test_what_tokens_needs_is_asked_for(failure, reference, tmp_path):
+    (tmp_path / "note.md").write_text("The shift by one.")
+    models = ["--model", reference, "--reference", reference]
+    assert "either a text, --model and --reference, or --run" in failure("tokens", tmp_path / "note.md")
+    assert "either a text, --model and --reference, or --run" in failure("tokens", *models, "--run", tmp_path)
+    assert "ratio: Input should be less than or equal to 1" in failure("tokens", "-", *models, "--ratio", 2)
+    assert "found nothing there" in failure("tokens", tmp_path / "other.md", *models)
+    message = failure("tokens", tmp_path / "note.md", *models, "--colour", "difference")
+    assert "expected one of excess, loss, reference, rank for this text, found difference" in message

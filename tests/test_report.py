@@ -17,9 +17,10 @@ import pytest
 from rho.errors import DataError
 from rho.report import write_report
 from rho.report.data import Evaluation
+from rho.report.explorer import rows_of_run
 from rho.report.page import headline
 from rho.report.summary import tokens_to_loss
-from rho.report.tokens import BINS, colour_bin, colour_limit, colour_scale, visible
+from rho.report.tokens import colour_bin, colour_limit, colours, visible
 from rho.runs import open_stage
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'\u202e\u2066\x1b[31m\x00\x7f\u200b$x^{$"
@@ -211,9 +212,26 @@ def test_the_page_has_every_section_and_no_way_to_act(run: Path) -> None:
 
 def test_tokens_are_coloured_underlined_and_explained(run: Path) -> None:
     page, _ = report(run)
-    assert '<span class="n" title="loss 2.00, rank 0.50">def</span>' in page
-    assert '<span class="b20 s" title="loss 2.00, ref 1.00, excess +1.00, rank 0.50, code"> f</span>' in page
-    assert '<span class="b0" title="loss 2.00, ref 3.00, excess -1.00, rank 0.50">⏎\n⇥</span>' in page
+    assert '<span class="n" title="loss 2.00, rank 0.50, not selected">def</span>' in page
+    assert '<span class="b20 s" title="loss 2.00, ref 1.00, excess +1.00, rank 0.50, selected, code"> f</span>' in page
+    assert '<span class="b0" title="loss 2.00, ref 3.00, excess -1.00, rank 0.50, not selected">⏎\n⇥</span>' in page
+
+
+def test_the_explorer_shows_the_models_of_a_run_that_are_named(run: Path) -> None:
+    tokens = [token("def", 1.0, arm="clm"), token(" f", 2.0, arm="clm")]
+    put(run / "evaluate/clm-seed0", "losses.jsonl", [], tokens=tokens)
+    assert [row.text for row in rows_of_run(run)] == ["def", " f", "\n\t", "def", " f"]
+    assert [row.view for row in rows_of_run(run, ["clm-seed0", "slm-seed0"])] == ["clm, seed 0"] * 2 + [
+        "slm, seed 0"
+    ] * 3
+    with pytest.raises(DataError, match="expected one of slm-seed0, clm-seed0, found slm-seed1"):
+        rows_of_run(run, ["slm-seed1"])
+
+
+def test_a_run_without_token_rows_says_how_to_get_some(tmp_path: Path) -> None:
+    put(tmp_path / "evaluate", "losses.jsonl", [], target="target")
+    with pytest.raises(DataError, match=r"Set evaluate\.explore in the run's config"):
+        rows_of_run(tmp_path)
 
 
 def test_hostile_strings_are_shown_and_never_raw(tmp_path: Path) -> None:
@@ -318,7 +336,7 @@ def test_the_colour_scale_is_centred_and_clamped() -> None:
     assert colour_limit([math.nan, -1.23]) == 1.3
     assert colour_limit([0.0]) == 0.1
     assert colour_limit([]) == 1.0
-    assert colour_scale(dark=False)[BINS // 2] == "#ffffff"
+    assert colours(dark=False)["b10"] == "#ffffff"
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -329,7 +347,7 @@ def test_text_on_every_colour_meets_the_contrast_for_small_text(dark: bool) -> N
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     ink = luminance("#e6e7e9" if dark else "#1c1e21")
-    for colour in colour_scale(dark):
+    for colour in colours(dark).values():
         low, high = sorted((ink, luminance(colour)))
         assert (high + 0.05) / (low + 0.05) >= 4.5
 

@@ -23,8 +23,8 @@ from rho.references.api import ApiConfig, ApiReference
 from rho.references.model import load_reference, mean_loss, score_batch
 from rho.score import ScoreConfig, score_corpus
 from rho.store import ScoreStore
+from rho.tables import summary, token_rows
 from rho.tokenizer import Tokenizer, train_tokenizer
-from rho.tokens import summary, token_rows
 
 COLUMNS = ("ref_loss", "ref_entropy")
 

@@ -276,6 +276,47 @@ def evaluate(
 
 
 @app.command(cls=_Command)
+def tokens(
+    text: Annotated[str | None, typer.Argument(help="A file, folder, hf:NAME ..., or - for standard input.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hugging Face name; with --run, ARM-seedN.")] = None,
+    reference: Annotated[str | None, typer.Option(help="What it is compared with, maybe of another tokenizer.")] = None,
+    against: Annotated[str | None, typer.Option(help="A second model, shown beside the first.")] = None,
+    against_reference: Annotated[str | None, typer.Option(help="A second reference, likewise.")] = None,
+    run_folder: Annotated[Path | None, typer.Option("--run", help="Run directory, instead of text and models.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a page (HTML), and print none of the text.")] = None,
+    colour: Annotated[
+        Literal["excess", "loss", "reference", "rank", "dynamics", "difference"], typer.Option(help="What is coloured.")
+    ] = "excess",
+    ratio: Annotated[float, typer.Option(help="Share of each document's tokens that is selected.")] = 0.6,
+    context: Annotated[int, typer.Option(help="Tokens that a model reads at once, at most.")] = 2048,
+    max_tokens: Annotated[int, typer.Option(help="The text is cut after as many.")] = 10_000,
+    precision: Annotated[str, typer.Option(help="Of the forward: float32 or bfloat16.")] = "float32",
+    tokenizer: Annotated[str | None, typer.Option(help="The model's tokenizer, if it comes without one.")] = None,
+    text_field: TextField = "text",
+) -> None:
+    """A text token by token: what a model could still learn of it, by a reference that has."""
+    from rho.config import validated
+    from rho.explore import ExploreConfig, explore, pairs_of
+    from rho.report.explorer import rows_of_run, write_page
+    from rho.report.terminal import show
+
+    if run_folder is not None and text is None and reference is None:
+        rows = rows_of_run(run_folder, [name for name in (model, against) if name])
+    elif run_folder is not None or text is None or model is None or reference is None:
+        raise ConfigError("rho tokens: expected either a text, --model and --reference, or --run and no text.")
+    else:
+        settings = {"ratio": ratio, "context": context, "max_tokens": max_tokens, "precision": precision}
+        config = validated(ExploreConfig, settings, "rho tokens")
+        pairs = pairs_of(model, reference, against, against_reference)
+        rows = explore(config, text, pairs, text_field, tokenizer)
+    if out is None:
+        show(rows, colour)
+    else:
+        write_page(rows, Path(text or run_folder or "").name, out)
+        print(out)
+
+
+@app.command(cls=_Command)
 def report(run_folder: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Make the report of a run directory."""
     from rho.report import write_report
@@ -310,7 +351,7 @@ Store = Annotated[Path, typer.Argument(help="Folder that `rho score` wrote.")]
 def scores_ls(folder: Annotated[Path, typer.Argument(help="Where to look, this folder and below.")]) -> None:
     """The stores in a folder, a JSON line each."""
     from rho.store import ScoreStore
-    from rho.tokens import stores_in, summary
+    from rho.tables import stores_in, summary
 
     for store in stores_in(folder):
         print(json.dumps(summary(ScoreStore(store))))
@@ -323,7 +364,7 @@ def scores_show(
     """One block, a line a token: position, loss, entropy, text."""
     from rho.corpus import Corpus
     from rho.store import ScoreStore
-    from rho.tokens import token_rows
+    from rho.tables import token_rows
 
     scores, text = ScoreStore(store), Corpus(corpus)
     scores.check_corpus(text)
@@ -341,7 +382,7 @@ def scores_export(
     """Parquet with one row a token."""
     from rho.corpus import Corpus
     from rho.store import ScoreStore
-    from rho.tokens import export
+    from rho.tables import export
 
     print(f"{export(ScoreStore(store), Corpus(corpus), out):,} rows in {out}")
 

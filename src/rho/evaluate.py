@@ -9,9 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -21,12 +18,14 @@ from rho.checkpoints import check, step_of
 from rho.corpus import Corpus
 from rho.data import CombineReferences, combined
 from rho.errors import DataError
+from rho.explore import Seen, token_rows
 from rho.models import ModelConfig, check_head, check_isolation, device, make_model, source_hash
-from rho.objective import IGNORE_INDEX, excess_loss
+from rho.objective import IGNORE_INDEX
 from rho.progress import track
 from rho.references.api import Meter
 from rho.references.model import check_tokenizer, mean_loss, score_batch
 from rho.references.scorer import as_batch
+from rho.rows import write_rows
 from rho.runs import MANIFEST, Manifest, atomic_write, hash_json, open_stage, read_manifest
 from rho.score import ScoreConfig, Source, identity, load_scorer
 from rho.selection import Selector
@@ -209,14 +208,20 @@ def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfi
     batch = as_batch(corpus, rows)
     loss = score_batch(model, batch)[0].cpu()
     columns = _reference_columns(explore, batch)
-    ref_loss = columns["ref_loss"]
+    eligible = batch["labels"] != IGNORE_INDEX
     selected = _selected(explore.selector, entry.step or 0, batch["labels"], loss, columns)
-    excess = excess_loss(loss, ref_loss).masked_fill(batch["labels"] == IGNORE_INDEX, torch.nan)
-    tables = [
-        _token_table(entry, corpus, row, loss[b], ref_loss[b], excess[b], selected[b]) for b, row in enumerate(rows)
+    found = [
+        token_rows(
+            entry.arm,
+            entry.seed,
+            corpus.origins(row),
+            corpus.tokenizer.pieces(row["input_ids"]),
+            Seen(loss[b], columns["ref_loss"][b], eligible[b], selected[b]),
+            [corpus.labels[i] if i >= 0 else None for i in row["label"]],
+        )
+        for b, row in enumerate(rows)
     ]
-    with atomic_write(path) as file:
-        pq.write_table(pa.concat_tables(tables), file, write_page_checksum=True, compression="zstd")
+    write_rows([row for of_block in found for row in of_block], path)
 
 
 def _reference_columns(explore: Exploration, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -239,34 +244,3 @@ def _selected(selector: Selector, step: int, labels: Tensor, loss: Tensor, colum
     blocks = torch.arange(len(labels))
     scores = [part.scores(loss, columns, blocks, labels.shape[1], step) for part in active.parts]
     return active.select(scores, active.eligible(labels, columns))
-
-
-def _token_table(
-    entry: Checkpoint,
-    corpus: Corpus,
-    row: dict[str, np.ndarray],
-    loss_T: Tensor,
-    ref_loss_T: Tensor,
-    excess_T: Tensor,
-    selected_T: Tensor,
-) -> pa.Table:
-    origins = corpus.origins(row)
-    scored = excess_T.isfinite()
-    rank = torch.full_like(excess_T, torch.nan)
-    rank[scored] = excess_T[scored].argsort().argsort().float() / max(int(scored.sum()) - 1, 1)
-    return pa.table(
-        {
-            "arm": [entry.arm] * len(origins),
-            "seed": [entry.seed] * len(origins),
-            "document": [document for document, _ in origins],
-            "source": [source for _, source in origins],
-            "position": np.arange(len(origins)),
-            "text": corpus.tokenizer.pieces(row["input_ids"]),
-            "loss": loss_T.numpy(),
-            "ref_loss": ref_loss_T.numpy(),
-            "excess": excess_T.numpy(),
-            "rank": rank.numpy(),
-            "selected": selected_T.numpy(),
-            "label": pa.array([corpus.labels[i] if i >= 0 else None for i in row["label"]], pa.string()),
-        }
-    )

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from rho.errors import DataError
+from rho.rows import TokenRow, read_rows
 from rho.runs import MANIFEST, Manifest, hash_file, read_manifest
 
 REFERENCE = "reference"
@@ -50,23 +49,6 @@ class Step:
     labels: dict[str, tuple[int, int]]
     tokens_per_second: float
     filtered: dict[str, float]  # cosine and norm ratio of a filtered gradient to the exact one, where compared
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """One token of a held-out document as one model sees it."""
-
-    arm: str
-    seed: int
-    document: str
-    source: str
-    text: str
-    loss: float
-    ref_loss: float
-    excess: float
-    rank: float
-    selected: bool
-    label: str | None
 
 
 @dataclass(frozen=True)
@@ -270,24 +252,4 @@ def _tokens(path: Path, manifest: Manifest) -> list[TokenRow]:
     if not path.is_file():
         return []
     _intact(path, manifest)
-    try:
-        rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
-        return [_token(row) for row in rows]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: can't be read as token rows ({error}). Run the evaluate stage again.") from error
-
-
-def _token(row: dict[str, Any]) -> TokenRow:
-    return TokenRow(
-        arm=str(row["arm"]),
-        seed=int(row["seed"]),
-        document=str(row["document"]),
-        source=str(row["source"] or ""),
-        text=str(row["text"] or ""),
-        loss=_number(row["loss"]),
-        ref_loss=_number(row["ref_loss"]),
-        excess=_number(row["excess"]),
-        rank=_number(row["rank"]),
-        selected=bool(row["selected"]),
-        label=None if row["label"] is None else str(row["label"]),
-    )
+    return read_rows(path)

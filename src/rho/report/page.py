@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rho.report import plots
 from rho.report.data import REFERENCE, Run
-from rho.report.tokens import BINS, colour_scale, token_pages, visible
-
-NONE = "–"
+from rho.report.html import percent, spread, template
+from rho.report.tokens import by_quantity, documents
 
 
 def render(run: Run, summary: dict[str, Any]) -> str:
     """The page as one string of HTML without scripts."""
-    environment = Environment(
-        loader=PackageLoader("rho.report", ""),
-        autoescape=True,
-        # Applies to every expression of the template, before escaping: no string of the run can come out unseen.
-        finalize=lambda value: visible(value) if isinstance(value, str) else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(loss=_loss, count=_count, percent=_percent, spread=_spread)
     labels = sorted(
         {label for seeds in summary["arms"].values() for one in seeds.values() for label in one["label_share"]}
     )
-    return environment.get_template("template.html.j2").render(
+    found, omitted = documents(run.tokens)
+    return template("template.html.j2").render(
         run=run,
         summary=summary,
         headline=headline(summary),
@@ -43,10 +30,8 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         filtered=_filtered_rows(run),
         labels=labels,
         label_rows=_label_rows(summary, labels),
-        pages=token_pages(run.tokens),
-        bins=range(BINS),
-        light=colour_scale(dark=False),
-        dark=colour_scale(dark=True),
+        tokens=by_quantity("excess", found),
+        omitted=omitted,
         colours=plots.COLOURS,
         versions=_versions(run),
     )
@@ -89,8 +74,8 @@ def _reached(arm: str, base: str, seeds: dict[str, Any]) -> str:
         return ""
     some = f" in {len(reached)} of {len(compared)} seeds" if len(reached) < len(compared) else ""
     most = "at most " if any(one["at_first_checkpoint"] for one in reached) else ""
-    spread = f" ({_percent(min(shares))} to {_percent(max(shares))})" if len(shares) > 1 else ""
-    after = f"{most}{_percent(statistics.fmean(shares))} of {base}'s tokens{spread}"
+    between = f" ({percent(min(shares))} to {percent(max(shares))})" if len(shares) > 1 else ""
+    after = f"{most}{percent(statistics.fmean(shares))} of {base}'s tokens{between}"
     return f"{arm} reached {base}'s final target loss{some} after {after}"
 
 
@@ -157,8 +142,8 @@ def _label_rows(summary: dict[str, Any], labels: Sequence[str]) -> dict[str, lis
     """Per arm, the share selected of every label and of all tokens."""
     return {
         arm: [
-            *(_spread([one["label_share"].get(label) for one in seeds.values()], _percent) for label in labels),
-            _spread([one["mean_ratio"] for one in seeds.values()], _percent),
+            *(spread([one["label_share"].get(label) for one in seeds.values()], percent) for label in labels),
+            spread([one["mean_ratio"] for one in seeds.values()], percent),
         ]
         for arm, seeds in summary["arms"].items()
     }
@@ -177,24 +162,3 @@ def _versions(run: Run) -> dict[str, list[str]]:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
-
-
-def _loss(value: float | None) -> str:
-    return NONE if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-def _count(value: float | None) -> str:
-    return NONE if value is None else f"{value:,.0f}"
-
-
-def _percent(value: float | None) -> str:
-    return NONE if value is None else f"{100 * value:.1f} %"
-
-
-def _spread(values: Sequence[float | None], form: Callable[[float | None], str] = _loss) -> str:
-    """Mean over seeds, with the range where it shows."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return NONE
-    low, high = form(min(known)), form(max(known))
-    return form(statistics.fmean(known)) + (f" ({low} to {high})" if low != high else "")

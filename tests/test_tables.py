@@ -16,8 +16,8 @@ from rho.corpus import Corpus, CorpusConfig, build_corpus
 from rho.errors import MismatchError
 from rho.runs import Manifest
 from rho.store import ScoreStore
+from rho.tables import export, stores_in, summary, token_rows
 from rho.tokenizer import Tokenizer
-from rho.tokens import export, stores_in, summary, token_rows
 
 
 def test_an_export_has_one_row_a_token_with_its_scores(scores: Path, corpus: Path, tmp_path: Path) -> None:

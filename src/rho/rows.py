@@ -1,0 +1,109 @@
+"""One row a token, as a model and a reference see it: what exploring writes, and pages and the terminal show."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rho.errors import DataError
+from rho.runs import atomic_write
+
+SCHEMA = pa.schema(
+    {
+        "arm": pa.string(),
+        "seed": pa.int64(),
+        "document": pa.string(),
+        "source": pa.string(),
+        "position": pa.int64(),
+        "text": pa.string(),
+        "loss": pa.float32(),
+        "ref_loss": pa.float32(),
+        "excess": pa.float32(),
+        "rank": pa.float32(),
+        "selected": pa.bool_(),
+        "label": pa.string(),
+        "dynamics": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One token of a document as one model and its reference see it; NaN where a number is not known.
+
+    Attributes:
+        arm, seed: what the model is called, and the seed of its training where there was one.
+        document, source: where the text comes from.
+        position: of the token in its row.
+        text: what the token stands for; empty where it only goes on with the character that a token before it began.
+        loss, ref_loss, excess: nats (Eq. 1 and 3).
+        rank: by excess among the tokens ranked together: 0 is the lowest, 1 the highest.
+        selected: whether it would be trained on.
+        label: of the text's span that it is in.
+        dynamics: the class of its losses over training, such as `H->L`.
+    """
+
+    arm: str
+    seed: int | None
+    document: str
+    source: str
+    position: int
+    text: str
+    loss: float
+    ref_loss: float
+    excess: float
+    rank: float
+    selected: bool
+    label: str | None = None
+    dynamics: str | None = None
+
+    @property
+    def view(self) -> str:
+        """The name of what sees it."""
+        return self.arm if self.seed is None else f"{self.arm}, seed {self.seed}"
+
+
+def write_rows(rows: Sequence[TokenRow], path: str | os.PathLike[str]) -> None:
+    """Write a Parquet file with one row a token."""
+    table = pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA)
+    with atomic_write(path) as file:
+        pq.write_table(table, file, write_page_checksum=True, compression="zstd")
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[TokenRow]:
+    """Read what `write_rows` wrote; columns that may be empty may be missing.
+
+    Raises:
+        DataError: damaged, or no file of token rows.
+    """
+    try:
+        rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
+        return [_row(position, row) for position, row in enumerate(rows)]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: can't be read as token rows ({error}). Run the evaluate stage again.") from error
+
+
+def _row(position: int, row: dict[str, Any]) -> TokenRow:
+    seed, label, dynamics = row["seed"], row.get("label"), row.get("dynamics")
+    return TokenRow(
+        arm=str(row["arm"]),
+        seed=None if seed is None else int(seed),
+        document=str(row["document"]),
+        source=str(row["source"] or ""),
+        position=int(row.get("position", position)),
+        text=str(row["text"] or ""),
+        **{name: _number(row[name]) for name in ("loss", "ref_loss", "excess", "rank")},
+        selected=bool(row["selected"]),
+        label=None if label is None else str(label),
+        dynamics=None if dynamics is None else str(dynamics),
+    )
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,67 @@
+"""Strings that would act in a page, in a terminal or on the eye, if they got through as they are."""
+
+RAN = "data-ran"
+# Set on the page's root element by whatever runs: `document.title` and the text of the page may hold anything.
+RUN = f"document.documentElement.setAttribute('{RAN}',(document.documentElement.getAttribute('{RAN}')||'')+'x')"
+PAGE = RUN.replace("document.documentElement", "parent.document.documentElement")
+
+SCRIPTS = (  # each runs where it stands raw in a page
+    f"<script>{RUN}</script>",
+    f"<SCRIPT type=text/javascript>{RUN}</SCRIPT >",
+    f'<img src=x onerror="{RUN}">',
+    f'<svg onload="{RUN}"></svg>',
+    f"<svg><script>{RUN}</script></svg>",
+    f'<iframe src="javascript:{PAGE}"></iframe>',
+    f'<iframe srcdoc="<script>{PAGE}</script>"></iframe>',
+    f'<details open ontoggle="{RUN}">x</details>',
+    f'<input autofocus onfocus="{RUN}">',
+    f'<video><source onerror="{RUN}"></video>',
+    f'<audio src=x onerror="{RUN}"></audio>',
+    f'<object data=x onerror="{RUN}"></object>',
+    f'<marquee onstart="{RUN}">x</marquee>',
+    f'"><script>{RUN}</script>',
+    f"'><script>{RUN}</script>",
+    f"</title><script>{RUN}</script>",
+    f"</style><script>{RUN}</script>",
+    f"--><script>{RUN}</script>",
+    f"]]><script>{RUN}</script>",
+    f"</textarea></pre></span></div></section></main><script>{RUN}</script>",
+    f'<math><mtext><img src=x onerror="{RUN}"></mtext></math>',
+)
+OTHERS = (
+    f'" onmouseover="{RUN}" autofocus tabindex=0 onfocus="{RUN}" x="',
+    f"' onfocus='{RUN}' autofocus '",
+    f"` onfocus=`{RUN}` autofocus",
+    f"javascript:{RUN}",
+    f'<a href="javascript:{RUN}">x</a>',
+    f"<form action=javascript:{RUN}><button>x</button></form>",
+    '<meta http-equiv=refresh content="0;url=data:text/html,gone">',
+    '<meta http-equiv=Content-Security-Policy content="script-src *">',
+    '<base href="https://example.invalid/">',
+    '<link rel=stylesheet href="https://example.invalid/x.css">',
+    '"><style>body{display:none}</style>',
+    "n;background:url(https://example.invalid/x.png)",
+    "}</style><style>*{visibility:hidden}",
+    'x" style="position:fixed;inset:0;background:red',
+    "<!--",
+    "<![CDATA[",
+    "<textarea>",
+    "<plaintext>",
+    "&lt;script&gt;&#60;script&#x3e;&amp;",
+    "{{ 7*7 }}{% raw %}{# x #}${7*7}",
+    "[bold red]x[/bold red][link=https://example.invalid]y[/link][/]:smile:",
+    "\u202eevil\u202c\u2066\u2067\u2069\u200f\u200e",
+    "\x1b[31mred\x1b[0m\x1b]8;;https://example.invalid\x07link\x1b]8;;\x07",
+    "\x1b]0;title\x07\x1b[2J\x1b[H\x1bc\x9b31m\x90q\x9c",
+    "\r\nrewritten\rline\x0b\x0c\x08\x08\x07\x7f",
+    "nul\x00byte\x01\x02\x1f",
+    "\u200b\u200c\u200d\ufeff\u00ad\u2060\u180e",
+    "\u0085\u2028\u2029\u00a0\u3000\t",
+    "\ufffe\uffff\U0001fffe\ufdd0\U000e0041\U000e007f",
+    "lone\ud800surrogate\udfff",
+    "e" + "\u0301" * 300,
+    "A" * 20_000,
+    "<" * 5_000,
+    "\"'`&<>=/" * 200,
+)
+HOSTILE = (*SCRIPTS, *OTHERS)
