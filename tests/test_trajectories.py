@@ -86,7 +86,9 @@ def test_tokens_without_a_loss_are_left_out_of_everything() -> None:
 
 
 def test_fluctuation_is_the_deviation_around_the_line() -> None:
-    [around_a_mean, around_a_slope] = token_dynamics(np.array([[1.0, 3.0, 3.0, 1.0], [1.0, 4.0, 5.0, 4.0]])).fluctuation_N
+    [around_a_mean, around_a_slope] = token_dynamics(
+        np.array([[1.0, 3.0, 3.0, 1.0], [1.0, 4.0, 5.0, 4.0]])
+    ).fluctuation_N
     assert around_a_mean == around_a_slope == 1.0  # the second is the first plus 0, 1, 2, 3
 
 

@@ -232,9 +232,9 @@ def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfi
 
 
 def reference_columns(explore: Exploration, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Loss_BT and entropy_BT of the references, combined, for the rows of all batches; one reference in memory at a time.
+    """Loss_BT and entropy_BT of the references, combined, for the rows of all batches; NaN where a token has none.
 
-    NaN where a token has none.
+    One reference is in memory at a time.
     """
     losses, entropies = {}, {}
     for name, (reference, tokenizer) in explore.references.items():

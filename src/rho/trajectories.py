@@ -78,7 +78,9 @@ def token_dynamics(losses_NC: np.ndarray, threshold: float = THRESHOLD, border: 
         residuals = losses @ to_residuals_CC
         fluctuation = np.sqrt(np.einsum("nc,nc->n", residuals, residuals) / checkpoints)
         total, number = total + float(losses[:, -1].sum()), number + int((~missing).sum())
-        class_N[part] = np.select([missing, change < -threshold, change > threshold], [UNCLASSIFIED, FALLING, RISING], LOW)
+        class_N[part] = np.select(
+            [missing, change < -threshold, change > threshold], [UNCLASSIFIED, FALLING, RISING], LOW
+        )
         change[missing] = fluctuation[missing] = np.nan
         change_N[part], fluctuation_N[part], last_N[part] = change, fluctuation, losses[:, -1]
     if number == 0:
@@ -165,7 +167,7 @@ def fit_accuracy(loss_P: np.ndarray, accuracy_P: np.ndarray) -> AccuracyFit:
         )
     if not np.isfinite(loss).all() or not ((accuracy >= 0) & (accuracy <= 1)).all():
         raise DataError("expected finite losses, and accuracies as shares in [0, 1].")
-    # In exp(accuracy) the fit is a line: a start from which Gauss-Newton steps, shortened where they lead astray, go on.
+    # In exp(accuracy) the fit is a line; from there go Gauss-Newton steps, shortened where they lead astray.
     middle = loss.mean()
     design = np.stack([loss - middle, np.ones_like(loss)], 1)
     point = np.linalg.lstsq(design, np.exp(accuracy), rcond=None)[0]

@@ -1,0 +1,182 @@
+"""Token dynamics in the report: the plots of a dynamics stage, and what its section of the page shows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from rho.errors import DataError
+from rho.report.plots import STYLE, Canvas, Plot
+from rho.runs import Manifest, hash_file
+
+MOST_LINES = 5  # of one plot with a line for each checkpoint, or for each of some tokens
+
+
+@dataclass(frozen=True)
+class ArmDynamics:
+    """The dynamics of one trained model."""
+
+    arm: str
+    seed: int
+    summary: dict[str, Any]
+
+
+def read_dynamics(run: Path, stages: Mapping[str, Manifest | None]) -> list[ArmDynamics]:
+    """The summaries of the finished dynamics stages in a run directory; a `DataError` if one is damaged."""
+    found = []
+    for folder, manifest in stages.items():
+        name = re.fullmatch(r"dynamics/(.+)-seed(\d+)", folder, re.DOTALL)
+        if name is None or manifest is None:
+            continue
+        path = run / folder / "summary.json"
+        try:
+            if hash_file(path) != manifest.outputs[path.name]["sha256"]:
+                raise ValueError("content changed")
+            found.append(ArmDynamics(name[1], int(name[2]), json.loads(path.read_bytes())))
+        except (OSError, KeyError, ValueError) as error:
+            raise DataError(f"{path}: can't be read ({error}). Run the dynamics stage again.") from error
+    return found
+
+
+def figures(summary: Mapping[str, Any], legend: bool = False) -> dict[str, Plot]:
+    """The plots of a stage's `summary.json` by name; none of them holds text of the user's.
+
+    Args:
+        summary: as `rho.dynamics_summary.summarise` made it.
+        legend: draw the legend into the picture, for a file; in the page it is text.
+    """
+    plots = {
+        "classes": _classes(summary, legend),
+        **{
+            f"fluctuating-{level}": _fluctuating(summary, name, legend)
+            for level, name in (("low", "L->L"), ("high", "H->H"))
+            if summary["fluctuating"][name]
+        },
+    }
+    if (selection := summary["selection"]) is not None:
+        plots["selected-by-class"] = _shares(summary, selection["by"]["class"], legend)
+        plots["selected-losses"] = _selected_losses(summary, legend)
+        plots["selected-perplexity"] = _perplexity(summary, legend)
+        if selection["accuracy"] is not None:
+            plots["accuracy"] = _accuracy(selection["accuracy"], legend)
+    return plots
+
+
+def label_plot(summary: Mapping[str, Any]) -> Plot | None:
+    """Share selected of each label's tokens over the checkpoints; its legend is text of the user's."""
+    selection = summary["selection"]
+    return _shares(summary, selection["by"]["label"], False) if selection and selection["by"]["label"] else None
+
+
+def moments(summary: Mapping[str, Any]) -> tuple[str, list[int]]:
+    """What the checkpoints are told apart by: `step`, or their number where steps are not known to rise."""
+    steps = [one["step"] for one in summary["checkpoints"]]
+    if None in steps or any(b <= a for a, b in itertools.pairwise(steps)):
+        return "checkpoint", list(range(1, len(steps) + 1))
+    return "step", steps
+
+
+def arrow(name: str) -> str:
+    """A class as the paper writes it."""
+    return name.replace("->", "→")
+
+
+def _finish(canvas: Canvas, alt: str, caption: str, legend: bool) -> Plot:
+    if legend:
+        canvas.axes.legend(frameon=False, fontsize=8)
+    return canvas.finish(alt, caption)
+
+
+def _values(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _classes(summary: Mapping[str, Any], legend: bool) -> Plot:
+    """Mean loss of each class over the checkpoints (Fig. 3a, 10)."""
+    what, x = moments(summary)
+    with rc_context(STYLE):
+        canvas = Canvas(what, "loss (nats per token)")
+        for name, found in summary["classes"].items():
+            canvas.line(f"{arrow(name)} {found['share']:.0%}", x, _values(found["losses"]))
+        caption = f"Mean loss of each class, with its share of {summary['tokens']:,} tokens."
+        return _finish(canvas, "Line plot: mean loss of the four classes over the checkpoints.", caption, legend)
+
+
+def _fluctuating(summary: Mapping[str, Any], name: str, legend: bool) -> Plot:
+    """Losses of single tokens of a class that fluctuate most (Fig. 3b, c)."""
+    what, x = moments(summary)
+    with rc_context(STYLE):
+        canvas = Canvas(what, "loss (nats)")
+        for number, token in enumerate(summary["fluctuating"][name][:MOST_LINES], 1):
+            canvas.line(f"token {number}", x, token["losses"])
+        caption = f"The tokens of {arrow(name)} whose loss fluctuates most."
+        return _finish(canvas, f"Line plot: losses of single tokens of {arrow(name)}.", caption, legend)
+
+
+def _shares(summary: Mapping[str, Any], groups: Mapping[str, Any], legend: bool) -> Plot:
+    what, x = moments(summary)
+    with rc_context(STYLE):
+        canvas = Canvas(what, "selected / eligible")
+        for name, found in groups.items():
+            canvas.line(arrow(name), x, _values(found["share"]))
+        canvas.axes.set_ylim(0, 1.04)
+        canvas.axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
+        caption = "Share that each checkpoint would select."
+        return _finish(canvas, "Line plot: share selected over the checkpoints.", caption, legend)
+
+
+def _selected_losses(summary: Mapping[str, Any], legend: bool) -> Plot:
+    """Loss of what each checkpoint selects, of the rest and of all (Fig. 6)."""
+    what, x = moments(summary)
+    selection = summary["selection"]
+    with rc_context(STYLE):
+        canvas = Canvas(what, "loss (nats per token)")
+        canvas.line("selected", x, _values(selection["loss_selected"]))
+        canvas.line("unselected", x, _values(selection["loss_unselected"]))
+        canvas.line("all", x, [one["loss"] for one in summary["checkpoints"]])
+        caption = "Of the tokens that the checkpoint itself would select, and of the others."
+        return _finish(canvas, "Line plot: loss of selected, unselected and all tokens.", caption, legend)
+
+
+def _perplexity(summary: Mapping[str, Any], legend: bool) -> Plot:
+    """Perplexity at each checkpoint of the tokens that some checkpoints select (Fig. 8)."""
+    what, x = moments(summary)
+    rows = summary["selection"]["losses_of_selected"]
+    with rc_context(STYLE):
+        canvas = Canvas(what, "perplexity")
+        for row in sorted(set(np.linspace(0, len(x) - 1, MOST_LINES).round().astype(int).tolist())):
+            canvas.line(f"selected at {x[row]}", x, np.exp(_values(rows[row])).tolist())
+        canvas.axes.set_yscale("log")
+        caption = "exp of the mean loss of the tokens that one checkpoint selects, at every checkpoint."
+        return _finish(canvas, "Line plot: perplexity of the tokens selected by each checkpoint.", caption, legend)
+
+
+def _accuracy(found: Mapping[str, Any], legend: bool) -> Plot:
+    """Accuracy against loss with the fitted curves (Fig. 7)."""
+    with rc_context(STYLE):
+        canvas = Canvas("loss (nats per token)", "accuracy")
+        for name in ("selected", "unselected"):
+            fit, losses = found[name], np.array(found[name]["losses"])
+            order = losses.argsort()
+            colour = canvas.line(
+                f"{name}: log({fit['a']:.3g} L {fit['c']:+.3g}), R² {fit['r2']:.2f}",
+                losses[order].tolist(),
+                np.array(found["accuracies"])[order].tolist(),
+            )
+            canvas.axes.lines[-1].set_linestyle("none")
+            dense = np.linspace(losses.min(), losses.max(), 50)
+            canvas.axes.plot(dense, np.log(fit["a"] * dense + fit["c"]), color=colour)
+        canvas.axes.xaxis.set_major_locator(MaxNLocator("auto"))
+        canvas.axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
+        caption = "Points: checkpoints. Loss of the tokens that the last one selects, and of the others."
+        return _finish(canvas, "Scatter plot with fitted curves: accuracy against loss.", caption, legend)
