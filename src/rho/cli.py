@@ -290,14 +290,16 @@ def dynamics(
     from rho import dynamics as stage
     from rho.config import validated
     from rho.corpus import Corpus
+    from rho.trajectories import CLASSES
 
     settings = {"max_tokens": max_tokens, "threshold": threshold, "batch_size": batch_size}
     config, corpus = validated(stage.DynamicsConfig, settings, "rho dynamics"), Corpus(held_out, "validation")
     checkpoints = stage.checkpoints_in(models)
     explore = stage.selection_of(models, reference, corpus) if reference else None
     stage.follow(config, checkpoints, corpus, out, explore, stage.read_accuracies(accuracies) if accuracies else None)
-    for name, found in json.loads((out / "summary.json").read_bytes())["classes"].items():
-        print(f"{name}  {found['share']:6.1%}  {found['tokens']:9,} tokens")
+    found = json.loads((out / "summary.json").read_bytes())["classes"]
+    for name in CLASSES:
+        print(f"{name}  {found[name]['share']:6.1%}  {found[name]['tokens']:9,} tokens")
 
 
 @app.command(cls=_Command)

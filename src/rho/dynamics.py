@@ -237,7 +237,7 @@ def _selected(explore: Exploration, models: Sequence[Checkpoint], losses_NC: np.
 def _token_table(tokens: TokenSet, losses_NC: np.ndarray, found: Dynamics, selected: Selected | None) -> pa.Table:
     """One row a token: where it stands, its losses (a list, a value a checkpoint), its class, and what selected it.
 
-    `change` (dL) and `fluctuation` are those of `rho.trajectories.Dynamics`; `class` is null for a token without losses.
+    `change` (dL) and `fluctuation` are those of `rho.trajectories.Dynamics`; `class` is null where there is no loss.
     With a selection: `ref_loss`, `selected` (a list), `times_selected`; of three checkpoints or more, `preference`.
     """
     length = tokens.texts.length

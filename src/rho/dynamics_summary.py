@@ -74,6 +74,7 @@ def summarise(
         "format": FORMAT,
         "set": texts.set,
         "tokens": int(classified.sum()),
+        "threshold": found.threshold,
         "border": found.border,
         "checkpoints": [
             {"arm": m.arm, "seed": m.seed, "step": m.step, "tokens_seen": m.tokens_seen, "loss": loss}

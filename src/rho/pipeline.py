@@ -198,6 +198,9 @@ class _Pipeline:
                 explore = self.exploration(config.set, arm, seed)
                 selects = explore if explore.selector.selective else None
                 models = checkpoints_of(folder, arm)
+                if len(models) < 2:
+                    say(f"dynamics {folder.name}: left out, it needs two checkpoints or more: lower its save_steps")
+                    continue
                 follow(settings, models, explore.corpus, self.folder / "dynamics" / folder.name, selects)
 
     def report(self) -> Path:

@@ -30,12 +30,13 @@ class Dynamics:
         fluctuation_N: standard deviation of the losses around the fitted line, that is, the root of the mean squared
             residual over the C checkpoints (float32, NaN where unclassified).
         class_N: number of the class in `CLASSES` (int8), `UNCLASSIFIED` where a loss is not finite.
-        border: the last loss up to which a token whose loss stays is low.
+        threshold, border: those of `token_dynamics`.
     """
 
     change_N: np.ndarray
     fluctuation_N: np.ndarray
     class_N: np.ndarray
+    threshold: float
     border: float
 
 
@@ -90,7 +91,7 @@ def token_dynamics(losses_NC: np.ndarray, threshold: float = THRESHOLD, border: 
         part = slice(start, start + CHUNK)
         high = last_N[part].astype(np.float64) > border  # not in float16, which would round the border
         class_N[part][high & (class_N[part] == LOW)] = HIGH
-    return Dynamics(change_N, fluctuation_N, class_N, border)
+    return Dynamics(change_N, fluctuation_N, class_N, threshold, border)
 
 
 def class_shares(class_N: np.ndarray) -> dict[str, float]:

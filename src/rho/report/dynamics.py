@@ -3,48 +3,71 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rho.errors import DataError
+from rho.report.data import Run
 from rho.report.plots import STYLE, Canvas, Plot
-from rho.runs import Manifest, hash_file
+from rho.trajectories import CLASSES
 
 MOST_LINES = 5  # of one plot with a line for each checkpoint, or for each of some tokens
+MOST_GROUPS = 30  # sources, and labels, of the table
 
 
 @dataclass(frozen=True)
-class ArmDynamics:
-    """The dynamics of one trained model."""
+class Section:
+    """The dynamics of one trained model, as the page shows them.
+
+    Attributes:
+        arm, seed: the model.
+        summary: as `rho.dynamics_summary.summarise` made it.
+        what, moments: what its checkpoints are told apart by, and the value of each.
+        plots: by name, see `figures`.
+        by_label: share selected by label over the checkpoints, where there are labels and a selection.
+        target: loss on the target set at each checkpoint, where it was evaluated.
+        groups: rows of the table of classes: kind, name, tokens and shares of each source and label, largest first.
+    """
 
     arm: str
     seed: int
     summary: dict[str, Any]
+    what: str
+    moments: list[int]
+    plots: dict[str, Plot]
+    by_label: Plot | None
+    target: list[float | None]
+    groups: list[tuple[str, str, dict[str, Any]]]
 
 
-def read_dynamics(run: Path, stages: Mapping[str, Manifest | None]) -> list[ArmDynamics]:
-    """The summaries of the finished dynamics stages in a run directory; a `DataError` if one is damaged."""
+def sections(run: Run) -> list[Section]:
+    """A section for each trained model whose dynamics were followed."""
     found = []
-    for folder, manifest in stages.items():
-        name = re.fullmatch(r"dynamics/(.+)-seed(\d+)", folder, re.DOTALL)
-        if name is None or manifest is None:
-            continue
-        path = run / folder / "summary.json"
-        try:
-            if hash_file(path) != manifest.outputs[path.name]["sha256"]:
-                raise ValueError("content changed")
-            found.append(ArmDynamics(name[1], int(name[2]), json.loads(path.read_bytes())))
-        except (OSError, KeyError, ValueError) as error:
-            raise DataError(f"{path}: can't be read ({error}). Run the dynamics stage again.") from error
+    for one in run.dynamics:
+        target = {row.step: row.loss for row in run.curve(one.arm, one.seed, run.target)}
+        kinds = {kind: one.summary["classes_by"][kind] for kind in ("source", "label")}
+        groups = [
+            (kind, name, groups[name])
+            for kind, groups in kinds.items()
+            for name in sorted(groups, key=lambda name: -groups[name]["tokens"])[:MOST_GROUPS]
+        ]
+        found.append(
+            Section(
+                one.arm,
+                one.seed,
+                one.summary,
+                *moments(one.summary),
+                figures(one.summary),
+                label_plot(one.summary),
+                [target.get(checkpoint["step"]) for checkpoint in one.summary["checkpoints"]],
+                groups,
+            )
+        )
     return found
 
 
@@ -64,7 +87,8 @@ def figures(summary: Mapping[str, Any], legend: bool = False) -> dict[str, Plot]
         },
     }
     if (selection := summary["selection"]) is not None:
-        plots["selected-by-class"] = _shares(summary, selection["by"]["class"], legend)
+        by_class = {name: selection["by"]["class"][name] for name in CLASSES}
+        plots["selected-by-class"] = _shares(summary, by_class, legend)
         plots["selected-losses"] = _selected_losses(summary, legend)
         plots["selected-perplexity"] = _perplexity(summary, legend)
         if selection["accuracy"] is not None:
@@ -91,6 +115,11 @@ def arrow(name: str) -> str:
     return name.replace("->", "→")
 
 
+def perplexity(loss: float | None) -> str:
+    """exp of a mean loss, in a table; a dash where there is none."""
+    return "–" if loss is None else f"{math.exp(loss):,.1f}" if loss < 20 else f"{math.exp(min(loss, 700)):.1e}"
+
+
 def _finish(canvas: Canvas, alt: str, caption: str, legend: bool) -> Plot:
     if legend:
         canvas.axes.legend(frameon=False, fontsize=8)
@@ -106,7 +135,8 @@ def _classes(summary: Mapping[str, Any], legend: bool) -> Plot:
     what, x = moments(summary)
     with rc_context(STYLE):
         canvas = Canvas(what, "loss (nats per token)")
-        for name, found in summary["classes"].items():
+        for name in CLASSES:
+            found = summary["classes"][name]
             canvas.line(f"{arrow(name)} {found['share']:.0%}", x, _values(found["losses"]))
         caption = f"Mean loss of each class, with its share of {summary['tokens']:,} tokens."
         return _finish(canvas, "Line plot: mean loss of the four classes over the checkpoints.", caption, legend)

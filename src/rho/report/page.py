@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rho.report import plots
 from rho.report.data import REFERENCE, Run
+from rho.report.dynamics import arrow, perplexity, sections
 from rho.report.tokens import BINS, colour_scale, token_pages, visible
 
 NONE = "–"
@@ -27,7 +28,9 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(loss=_loss, count=_count, percent=_percent, spread=_spread)
+    environment.filters.update(
+        arrow=arrow, perplexity=perplexity, loss=_loss, count=_count, percent=_percent, spread=_spread
+    )
     labels = sorted(
         {label for seeds in summary["arms"].values() for one in seeds.values() for label in one["label_share"]}
     )
@@ -48,6 +51,7 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         dark=colour_scale(dark=True),
         colours=plots.COLOURS,
         versions=_versions(run),
+        dynamics=sections(run),
     )
 
 
