@@ -70,6 +70,7 @@ def test_a_run_has_every_stage_and_ends_in_a_report(finished):
         assert read_manifest(finished / stage).status == "complete"
     page = (finished / "report" / "index.html").read_text()
     assert all(arm in page for arm in ARMS)
+    assert 'id="dynamics"' in page and "slm, seed 1: what each checkpoint would select" in page
     assert json.loads((finished / "report" / "summary.json").read_text())
     assert load_config(finished / "config.yaml").name == "toy"
 

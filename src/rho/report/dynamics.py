@@ -111,8 +111,8 @@ def moments(summary: Mapping[str, Any]) -> tuple[str, list[int]]:
 
 
 def arrow(name: str) -> str:
-    """A class as the paper writes it."""
-    return name.replace("->", "→")
+    """A class as the paper writes it; any other name as it is."""
+    return name.replace("->", "→") if name in CLASSES else name
 
 
 def perplexity(loss: float | None) -> str:
