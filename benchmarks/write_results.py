@@ -197,8 +197,8 @@ checkpoint (L→L). Ours start from random weights, the first checkpoint stands 
 every token that will be learned is learned between the first and the last: it is H→L.
 
 """
-LABELS = """Of {run}, by kind of text, what the checkpoints of {arm} would select at its ratio, and on how many tokens the
-last one is worse than the reference (excess above 0):
+LABELS = """Of {run}, by kind of text, what the checkpoints of {arm} would select at its ratio, and on how many tokens
+the last one is worse than the reference (excess above 0):
 
 | label | tokens | selected, mean | selected, last | excess above 0 |
 |---|---|---|---|---|

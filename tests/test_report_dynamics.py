@@ -81,17 +81,17 @@ def test_a_class_without_tokens_has_no_numbers() -> None:
     found = summarise(models, texts, losses, token_dynamics(losses), None, 5, {})
     assert found["classes"]["H->L"] == {"share": 0.0, "tokens": 0, "losses": [None, None]}
     assert moments(found) == ("checkpoint", [1, 2])
-    assert set(figures(found)) == {"classes", "fluctuating-low", "fluctuating-high"}
+    assert set(figures(found)) == {"classes"}
     assert label_plot(found) is None
 
 
 def test_the_section_shows_shares_curves_and_selection_with_their_numbers(tmp_path: Path) -> None:
     page = reported(tmp_path, made("prose", {10: 0.2, 20: 0.25, 30: 0.4}))
-    assert "4 tokens of “prose” at 3 checkpoints" in page
-    assert "25.0 % H→H" in page
+    assert row(page, "slm", "Which tokens are learned") == ["slm", "0", "4", "3", *["25.0 %"] * 4]
+    assert "Tokens of “prose”" in page
     numbers = row(page, "20", "mean loss of each class")
-    # H->H, H->L, L->H, L->L; all, selected, unselected, target
-    assert numbers[1:] == ["3.100", "3.000", "1.500", "0.750", "2.087", "3.050", "1.125", "1.234"]
+    # H->H, L->H, H->L, L->L; all, selected, unselected, target
+    assert numbers[1:] == ["3.100", "1.500", "3.000", "0.750", "2.087", "3.050", "1.125", "1.234"]
     assert row(page, "source", "Classes by source and label") == [
         "source",
         "prose",

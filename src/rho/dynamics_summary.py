@@ -62,7 +62,8 @@ def summarise(
     """The whole summary: plain JSON values; null stands for a number that there is not.
 
     Lists have a value for each checkpoint. `persistent` are the tokens whose lowest loss over all checkpoints is the
-    highest; `fluctuating`, of each of L->L and H->H, those with the highest fluctuation.
+    highest; `fluctuating`, of each of L->L and H->H, those with the highest fluctuation (none of two checkpoints:
+    a line goes through both).
     """
     curves = group_means(losses_NC, found.class_N, len(CLASSES))
     classified = found.class_N != UNCLASSIFIED
@@ -95,7 +96,9 @@ def summarise(
         "fluctuating": {
             CLASSES[k]: [
                 _token(i, texts, losses_NC, found)
-                for i in _highest(np.where(found.class_N == k, found.fluctuation_N, -np.inf), top)
+                for i in _highest(
+                    np.where(found.class_N == k, found.fluctuation_N, -np.inf), top if len(models) > 2 else 0
+                )
             ]
             for k in (LOW, HIGH)
         },

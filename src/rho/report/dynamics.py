@@ -46,9 +46,9 @@ class Section:
 
 
 def sections(run: Run) -> list[Section]:
-    """A section for each trained model whose dynamics were followed."""
+    """A section for the first seed of each arm whose dynamics were followed."""
     found = []
-    for one in run.dynamics:
+    for one in {one.arm: one for one in sorted(run.dynamics, key=lambda one: -one.seed)}.values():
         target = {row.step: row.loss for row in run.curve(one.arm, one.seed, run.target)}
         kinds = {kind: one.summary["classes_by"][kind] for kind in ("source", "label")}
         groups = [
@@ -87,8 +87,7 @@ def figures(summary: Mapping[str, Any], legend: bool = False) -> dict[str, Plot]
         },
     }
     if (selection := summary["selection"]) is not None:
-        by_class = {name: selection["by"]["class"][name] for name in CLASSES}
-        plots["selected-by-class"] = _shares(summary, by_class, legend)
+        plots["selected-by-class"] = _shares(summary, paper_order(selection["by"]["class"]), legend)
         plots["selected-losses"] = _selected_losses(summary, legend)
         plots["selected-perplexity"] = _perplexity(summary, legend)
         if selection["accuracy"] is not None:
@@ -115,6 +114,11 @@ def arrow(name: str) -> str:
     return name.replace("->", "→") if name in CLASSES else name
 
 
+def paper_order(classes: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is of each class, in the paper's order."""
+    return {name: classes[name] for name in CLASSES}
+
+
 def perplexity(loss: float | None) -> str:
     """exp of a mean loss, in a table; a dash where there is none."""
     return "–" if loss is None else f"{math.exp(loss):,.1f}" if loss < 20 else f"{math.exp(min(loss, 700)):.1e}"
@@ -135,8 +139,7 @@ def _classes(summary: Mapping[str, Any], legend: bool) -> Plot:
     what, x = moments(summary)
     with rc_context(STYLE):
         canvas = Canvas(what, "loss (nats per token)")
-        for name in CLASSES:
-            found = summary["classes"][name]
+        for name, found in paper_order(summary["classes"]).items():
             canvas.line(f"{arrow(name)} {found['share']:.0%}", x, _values(found["losses"]))
         caption = f"Mean loss of each class, with its share of {summary['tokens']:,} tokens."
         return _finish(canvas, "Line plot: mean loss of the four classes over the checkpoints.", caption, legend)

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rho.report import plots
 from rho.report.data import REFERENCE, Run
-from rho.report.dynamics import arrow, perplexity, sections
+from rho.report.dynamics import arrow, paper_order, perplexity, sections
 from rho.report.tokens import BINS, colour_scale, token_pages, visible
 
 NONE = "–"
@@ -29,7 +29,13 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        arrow=arrow, perplexity=perplexity, loss=_loss, count=_count, percent=_percent, spread=_spread
+        arrow=arrow,
+        paper_order=paper_order,
+        perplexity=perplexity,
+        loss=_loss,
+        count=_count,
+        percent=_percent,
+        spread=_spread,
     )
     labels = sorted(
         {label for seeds in summary["arms"].values() for one in seeds.values() for label in one["label_share"]}
