@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rho.dynamics_summary import Selected, Texts, summarise
+from rho.dynamics_summary import Selected, Texts, places, summarise
 from rho.errors import DataError
 from rho.evaluate import Checkpoint
 from rho.report import write_report
@@ -81,6 +81,8 @@ def test_a_class_without_tokens_has_no_numbers() -> None:
     found = summarise(models, texts, losses, token_dynamics(losses), None, 5, {})
     assert found["classes"]["H->L"] == {"share": 0.0, "tokens": 0, "losses": [None, None]}
     assert moments(found) == ("checkpoint", [1, 2])
+    assert moments(made()) == ("step", [10, 20, 30])
+    assert (places([4, 4, 5]), places([4, 5, 9])) == ([1, 2, 3], [4, 5, 9])
     assert set(figures(found)) == {"classes"}
     assert label_plot(found) is None
 

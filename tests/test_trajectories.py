@@ -92,6 +92,17 @@ def test_fluctuation_is_the_deviation_around_the_line() -> None:
     assert around_a_mean == around_a_slope == 1.0  # the second is the first plus 0, 1, 2, 3
 
 
+def test_a_checkpoint_between_two_others_does_not_bend_the_line() -> None:
+    steady = np.array([[3.0, 2.9, 2.0, 1.0]])
+    found = token_dynamics(steady, at_C=[0, 10, 100, 200])
+    assert found.change_N == pytest.approx(-2.0)
+    assert found.fluctuation_N == pytest.approx(0, abs=1e-6)
+    np.testing.assert_array_equal(token_dynamics(steady, at_C=[5, 6, 7, 8]).change_N, token_dynamics(steady).change_N)
+    for wrong in ([0, 1, 2], [0, 2, 2, 3]):
+        with pytest.raises(DataError, match="rising places of 4 checkpoints, found"):
+            token_dynamics(steady, at_C=wrong)
+
+
 def slow(losses: np.ndarray, threshold: float) -> tuple[list[str | None], list[float], list[float]]:
     """The rule as the paper tells it, a token at a time."""
     good = [row for row in losses if np.isfinite(row).all()]

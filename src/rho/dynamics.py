@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from rho.corpus import Corpus
-from rho.dynamics_summary import Selected, Texts, summarise
+from rho.dynamics_summary import Selected, Texts, places, summarise
 from rho.errors import ConfigError, DataError
 from rho.evaluate import (
     Checkpoint,
@@ -92,8 +92,8 @@ def follow(
 
     Args:
         config: how many tokens, and the rule.
-        models: the checkpoints in order of training; the line is fitted over their number 0, 1, 2 ..., so that they
-            should be equally far apart.
+        models: the checkpoints in order of training. The line is fitted over their steps, or over their numbers
+            where steps are not known.
         corpus: a held-out set.
         out: the stage folder. An interrupted run goes on after the last checkpoint whose losses were written.
         explore: the references and the selection of the run, on the same `corpus`: what it would pick is found out.
@@ -116,7 +116,8 @@ def follow(
             return stage.manifest
         tokens = token_set(corpus, config)
         losses_NC = _losses(stage, config, models, corpus, tokens)
-        found = token_dynamics(losses_NC, config.threshold, config.border)
+        at_C = places([entry.step for entry in models])
+        found = token_dynamics(losses_NC, config.threshold, config.border, at_C)
         selected = _selected(explore, models, losses_NC, tokens) if explore is not None else None
         summary = summarise(models, tokens.texts, losses_NC, found, selected, config.top, accuracies or {})
         write_json(stage.folder / "summary.json", summary)
@@ -129,9 +130,10 @@ def follow(
             with atomic_write(stage.folder / f"{name}.svg") as file:
                 file.write(plot.svg)
             stage.add_output(f"{name}.svg")
+        made = stage.finish()
         for path in stage.folder.glob(".losses-*.npy"):
             path.unlink()
-        return stage.finish()
+        return made
 
 
 def checkpoints_in(models: Sequence[str]) -> list[Checkpoint]:

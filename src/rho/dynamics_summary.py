@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,13 @@ class Selected:
     eligible_N: np.ndarray
 
 
+def places(steps: Sequence[int | None]) -> list[int]:
+    """Where checkpoints stand: their steps, or their numbers from 1 on where steps are not known to rise."""
+    known = [step for step in steps if step is not None]
+    rising = len(known) == len(steps) and all(a < b for a, b in pairwise(known))
+    return known if rising else list(range(1, len(steps) + 1))
+
+
 def summarise(
     models: Sequence[Checkpoint],
     texts: Texts,
@@ -61,9 +69,9 @@ def summarise(
 ) -> dict[str, Any]:
     """The whole summary: plain JSON values; null stands for a number that there is not.
 
-    Lists have a value for each checkpoint. `persistent` are the tokens whose lowest loss over all checkpoints is the
-    highest; `fluctuating`, of each of L->L and H->H, those with the highest fluctuation (none of two checkpoints:
-    a line goes through both).
+    Lists have a value for each checkpoint; `at` are their places (`places`). `persistent` are the tokens whose lowest
+    loss over all checkpoints is the highest; `fluctuating`, of each of L->L and H->H, those that fluctuate most
+    (none of two checkpoints: a line goes through both).
     """
     curves = group_means(losses_NC, found.class_N, len(CLASSES))
     classified = found.class_N != UNCLASSIFIED
@@ -77,6 +85,7 @@ def summarise(
         "tokens": int(classified.sum()),
         "threshold": found.threshold,
         "border": found.border,
+        "at": places([model.step for model in models]),
         "checkpoints": [
             {"arm": m.arm, "seed": m.seed, "step": m.step, "tokens_seen": m.tokens_seen, "loss": loss}
             for m, loss in zip(models, means.tolist(), strict=True)

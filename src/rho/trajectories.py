@@ -6,6 +6,7 @@ Shape suffixes: N tokens, C checkpoints in order of training, G groups of tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +41,13 @@ class Dynamics:
     border: float
 
 
-def token_dynamics(losses_NC: np.ndarray, threshold: float = THRESHOLD, border: float | None = None) -> Dynamics:
-    """Fit a line to each token's losses over x = 0, 1 ... C-1 by least squares, and classify the token by it.
+def token_dynamics(
+    losses_NC: np.ndarray,
+    threshold: float = THRESHOLD,
+    border: float | None = None,
+    at_C: Sequence[float] | None = None,
+) -> Dynamics:
+    """Fit a line to each token's losses by least squares, and classify the token by it.
 
     With dL = end - start of the line (App. D.1):
 
@@ -56,15 +62,19 @@ def token_dynamics(losses_NC: np.ndarray, threshold: float = THRESHOLD, border: 
         threshold: nats.
         border: between low and high, nats; the mean loss at the last checkpoint of the tokens not left out, if not
             given.
+        at_C: where the checkpoints stand, rising, in any unit (steps); equally far apart, as the paper's, if not given.
 
     Raises:
-        DataError: fewer than two checkpoints, or no token with losses.
+        DataError: fewer than two checkpoints, not in order, or no token with losses.
     """
     tokens, checkpoints = losses_NC.shape
     if checkpoints < 2:
         raise DataError(f"a line needs the losses of two checkpoints or more, found {checkpoints}.")
-    x_C = np.arange(checkpoints) - (checkpoints - 1) / 2
-    to_change_C = (checkpoints - 1) * x_C / (x_C @ x_C)
+    x_C = np.arange(checkpoints) if at_C is None else np.asarray(at_C, np.float64)
+    if x_C.shape != (checkpoints,) or not (np.diff(x_C) > 0).all():
+        raise DataError(f"expected the rising places of {checkpoints} checkpoints, found {list(at_C or ())}.")
+    x_C = x_C - x_C.mean()
+    to_change_C = (x_C[-1] - x_C[0]) * x_C / (x_C @ x_C)
     # What is left of a trajectory without its mean and its slope: the residuals around the line.
     to_residuals_CC = np.eye(checkpoints) - 1 / checkpoints - np.outer(x_C, x_C) / (x_C @ x_C)
     change_N, fluctuation_N = np.empty(tokens, np.float32), np.empty(tokens, np.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,11 +101,9 @@ def label_plot(summary: Mapping[str, Any]) -> Plot | None:
 
 
 def moments(summary: Mapping[str, Any]) -> tuple[str, list[int]]:
-    """What the checkpoints are told apart by: `step`, or their number where steps are not known to rise."""
+    """What the checkpoints are told apart by, `step` or `checkpoint` (its number), and the value of each."""
     steps = [one["step"] for one in summary["checkpoints"]]
-    if None in steps or any(b <= a for a, b in itertools.pairwise(steps)):
-        return "checkpoint", list(range(1, len(steps) + 1))
-    return "step", steps
+    return "step" if summary["at"] == steps else "checkpoint", summary["at"]
 
 
 def arrow(name: str) -> str:
