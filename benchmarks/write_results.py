@@ -179,6 +179,70 @@ SCORING_KILLS = """Scoring with two workers at a time was killed at {kills} rand
 """
 
 
+DYNAMICS = """## Token dynamics
+
+Shares of tokens by what becomes of their loss over the checkpoints (App. D.1; a line through each token's losses, 0.2
+nats), on a held-out part of the noisy corpus.
+
+    rho run recipes/math-demo.yaml        # the demo: with train.arguments.save_steps=22, dynamics for clm and slm
+    python benchmarks/dynamics.py runs runs/math-demo runs/demo
+
+| run | arm | tokens | checkpoints | H→H | L→H | H→L | L→L |
+|---|---|---|---|---|---|---|---|
+| paper, TinyLlama 1.1B | CLM | 320,000 | 15B tokens, one a 1B | 11% | 12% | 26% | 51% |
+{rows}
+
+The paper continues the pretraining of a model that knows language: half of the tokens are learned before the first
+checkpoint (L→L). Ours start from random weights, the first checkpoint stands after a tenth of the training, and nearly
+every token that will be learned is learned between the first and the last: it is H→L.
+
+"""
+LABELS = """Of {run}, by kind of text, what the checkpoints of {arm} would select at its ratio, and on how many tokens
+the last one is worse than the reference (excess above 0):
+
+| label | tokens | selected, mean | selected, last | excess above 0 |
+|---|---|---|---|---|
+{rows}
+
+"""
+LINE_FIT = """The line fit and the classes of {tokens:,} tokens at {checkpoints} checkpoints ({threads} threads):
+
+    python benchmarks/dynamics.py fit
+
+| losses | seconds | tokens/s | peak memory |
+|---|---|---|---|
+{rows}
+"""
+
+
+def dynamics_section(found: dict[str, Any], cost: dict[str, Any]) -> str:
+    """Shares of the classes beside the paper's, selection by label, and what the fit costs."""
+    arms = [(run, arm, one) for run, arms in found["runs"].items() for arm, one in arms.items()]
+    rows = [
+        f"| {run} | {arm} | {one['tokens']:,} | {one['checkpoints']} | "
+        + " | ".join(f"{one['classes'][name]:.1%}" for name in ("H->H", "L->H", "H->L", "L->L"))
+        + " |"
+        for run, arm, one in arms
+    ]
+    page = DYNAMICS.format(rows="\n".join(rows))
+    for run, arm, one in arms:
+        if one["labels"]:
+            labels = "\n".join(label_row(name, shares) for name, shares in one["labels"].items())
+            page += LABELS.format(run=run, arm=arm, rows=labels)
+    costs = [
+        f"| {kind} | {row['seconds']:.0f} | {row['tokens_per_second']:,} | {row['peak_memory_mib']:,} MiB |"
+        for kind, row in cost["rows"].items()
+    ]
+    return page + LINE_FIT.format(**{**cost, "rows": "\n".join(costs)})
+
+
+def label_row(name: str, found: dict[str, Any]) -> str:
+    """One kind of text, as a table row."""
+    shares = found["share"]
+    above = found["excess_above_0"][-1]
+    return f"| {name} | {found['eligible']:,} | {sum(shares) / len(shares):.1%} | {shares[-1]:.1%} | {above:.1%} |"
+
+
 STEPS = """## The training step
 
 Forward and backward, no optimizer, random weights; every row of a size in one process, interleaved. Ratios are medians
@@ -301,13 +365,19 @@ def growth_plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def load(name: str) -> dict[str, Any]:
+    """What a benchmark found."""
+    return json.loads((HERE / "results" / f"{name}.json").read_bytes())
+
+
 def main() -> None:
     """Write the page."""
-    demo, kills = (json.loads((HERE / "results" / f"{name}.json").read_bytes()) for name in ("demo", "kill_training"))
+    demo, kills = (load(name) for name in ("demo", "kill_training"))
     recipes = [(file.stem, json.loads(file.read_bytes())) for file in sorted((HERE / "results" / "recipes").glob("*"))]
     sections = [demo_section(demo)]
     if recipes:
         sections += [RECIPES, *(recipe_section(name, result["summary"]) for name, result in recipes)]
+    sections.append(dynamics_section(*(load(name) for name in ("token-dynamics", "dynamics"))))
     scoring = [json.loads(file.read_bytes()) for file in sorted((HERE / "results").glob("scoring-*.json"))]
     sections += [scoring_section(result) for result in scoring]
     killed = json.loads((HERE / "results" / "kill_scoring.json").read_bytes())

@@ -24,6 +24,7 @@ STORED_SCORES = "test_score.py::test_stored_scores_are_the_reference_s_losses_an
 FROZEN = "test_score.py::test_the_reference_is_scored_frozen_and_in_eval_mode"
 NO_LABEL = "test_objective.py::test_first_and_special_and_ignored_tokens_have_no_label"
 EQ_5 = "test_objective.py::test_eq_5_selects_the_rounded_share_by_rank_and_ties_go_to_the_earlier_token"
+BORDERS = "test_trajectories.py::test_a_change_of_just_the_threshold_is_no_change_and_a_loss_of_just_the_border_is_low"
 
 MUTATIONS = [
     Mutation(
@@ -243,5 +244,33 @@ MUTATIONS = [
         "starts = [*(positions_T == 0).nonzero().flatten().tolist(), len(positions_T)]",
         "starts = [0, len(positions_T)]",
         "test_api.py::test_each_isolated_document_is_one_request_and_one_of_a_single_token_none[vllm]",
+    ),
+    Mutation(
+        "tokens that fall and tokens that rise are taken for each other",
+        "trajectories.py",
+        "[UNCLASSIFIED, FALLING, RISING]",
+        "[UNCLASSIFIED, RISING, FALLING]",
+        "test_trajectories.py::test_one_trajectory_of_each_class",
+    ),
+    Mutation(
+        "a change of just the threshold counts",
+        "trajectories.py",
+        "change < -threshold",
+        "change <= -threshold",
+        BORDERS,
+    ),
+    Mutation(
+        "low and high are told apart by the mean of all checkpoints",
+        "trajectories.py",
+        "float(losses[:, -1].sum())",
+        "float(losses.mean(1).sum())",
+        "test_trajectories.py::test_the_mean_is_that_of_the_last_checkpoint",
+    ),
+    Mutation(
+        "a loss of just the border is high",
+        "trajectories.py",
+        ".astype(np.float64) > border",
+        ".astype(np.float64) >= border",
+        BORDERS,
     ),
 ]

@@ -20,7 +20,19 @@ from rho.runs import read_manifest
 from rho.tokenizer import Tokenizer
 from rho.train import TrainConfig
 
-STAGES = ["demo", "run", "tokenizer", "corpus", "reference", "score", "train", "evaluate", "tokens", "report"]
+STAGES = [
+    "demo",
+    "run",
+    "tokenizer",
+    "corpus",
+    "reference",
+    "score",
+    "train",
+    "evaluate",
+    "tokens",
+    "dynamics",
+    "report",
+]
 GOOD = '{"text": "1234567890123456"}\n'
 
 
@@ -234,6 +246,7 @@ def test_a_model_with_another_tokenizer_is_refused(failure, train, other_model, 
         failure("score", "--corpus", corpus, "--reference", other_model, "--out", tmp_path / "scores"),
         failure(*train, "--model", other_model),
         failure("evaluate", other_model, "--held-out", f"held={corpus}", "--out", tmp_path / "evaluate"),
+        failure("dynamics", other_model, other_model, "--held-out", corpus, "--out", tmp_path / "dynamics"),
     ):
         assert f"the tokenizers differ: {corpus} was made with " in message
         assert f"{other_model} comes with " in message
@@ -373,6 +386,10 @@ def test_other_mistakes_are_explained(failure, corpus, reference, tmp_path):
         "evaluate", reference, "--held-out", corpus, "--out", tmp_path / "e"
     )
     assert str(tmp_path / "nowhere") in failure("report", tmp_path / "nowhere")
+    follow = ("dynamics", "--held-out", corpus, "--out", tmp_path / "d")
+    assert "need two checkpoints or more" in failure(*follow, reference)
+    assert "folder that `rho train` wrote" in failure(*follow, reference, reference, "--reference", reference)
+    assert "threshold" in failure(*follow, reference, "--threshold", -1)
 
 
 # What is there is kept
@@ -479,10 +496,10 @@ def test_a_damaged_shard_is_reported_and_made_anew_when_removed(
 
 def test_every_stage_runs_alone_and_is_fresh_the_second_time(rho, tmp_path, model_file):
     text = write_jsonl(tmp_path / "text.jsonl", example_records(40))
-    tokenizer, corpus, reference, scores, model, losses = (tmp_path / name for name in "tcrsme")
+    tokenizer, corpus, reference, scores, model, losses, dynamics = (tmp_path / name for name in "tcrsmed")
     built = ["--tokenizer", tokenizer / "tokenizer", "--block-length", 16, "--heldout-fraction", 0.2]
     small = ["--corpus", corpus, "--model", model_file, "--set", "max_steps=3", "--set", "learning_rate=1e-2"]
-    selective = ["--scores", scores, "--target", corpus, "--ratio", 0.6, "--scope", "batch"]
+    selective = ["--scores", scores, "--target", corpus, "--ratio", 0.6, "--scope", "batch", "--set", "save_steps=1"]
     for arguments in (
         ["tokenizer", text, "--out", tokenizer, "--vocab-size", 300],
         ["corpus", text, "--out", corpus, *built],
@@ -490,13 +507,18 @@ def test_every_stage_runs_alone_and_is_fresh_the_second_time(rho, tmp_path, mode
         ["score", "--corpus", corpus, "--reference", reference, "--target", corpus, "--out", scores],
         ["train", "--out", model, *small, *selective],
         ["evaluate", model, "--held-out", f"own={corpus}", "--out", losses],
+        ["dynamics", model, "--held-out", corpus, "--reference", reference, "--out", dynamics],
     ):
         first, second = rho(*arguments), rho(*arguments)
         assert (first.code, second.code) == (0, 0), first.err + second.err
         assert "fresh" not in first.err
         assert "fresh" in second.err
         assert first.out == second.out != ""
-    assert json.loads(first.out)["set"] == "own"
+        if arguments[0] == "evaluate":
+            assert json.loads(first.out)["set"] == "own"
+    assert [line.split()[0] for line in first.out.splitlines()] == ["H->H", "L->H", "H->L", "L->L"]
+    shares = json.loads((dynamics / "summary.json").read_text())["selection"]["share"]
+    assert shares == pytest.approx([0.6] * 3, abs=0.01)
 
 
 # tokens

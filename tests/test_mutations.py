@@ -22,6 +22,7 @@ ALONE = (
     "test_linear_loss.py",
     "test_store.py",
     "test_api.py",
+    "test_trajectories.py",
     "test_a_step",
     "test_rows",
 )

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from conftest import example_records, write_jsonl
-from rho import cli, corpus, evaluate, pipeline, score, tokenizer, train
+from rho import cli, corpus, dynamics, evaluate, pipeline, score, tokenizer, train
 from rho.config import load_config
 from rho.errors import ConfigError, MismatchError
 from rho.models import ModelConfig, source_hash
@@ -41,6 +41,7 @@ def config_file(tmp_path_factory, architecture) -> Path:
         "target": "target",
         "train": {"arms": ARMS, "seeds": [0, 1], "arguments": STEPS},
         "evaluate": {"sets": ["target", "noisy"], "explore": "noisy"},
+        "dynamics": {"set": "noisy", "max_tokens": 160, "arms": ["clm", "slm"]},
     }
     (folder / "toy.yaml").write_text(yaml.safe_dump(tree))
     return folder / "toy.yaml"
@@ -64,10 +65,12 @@ def test_a_run_has_every_stage_and_ends_in_a_report(finished):
     stages = ["tokenizer", *(f"corpus/{name}" for name in ("curated", "noisy", "target")), "reference"]
     stages += ["scores/reference", *(f"train/{arm}" for arm in arms)]
     stages += ["evaluate/reference", *(f"evaluate/{arm}" for arm in arms)]
+    stages += [f"dynamics/{arm}" for arm in arms if not arm.startswith("random")]
     for stage in stages:
         assert read_manifest(finished / stage).status == "complete"
     page = (finished / "report" / "index.html").read_text()
     assert all(arm in page for arm in ARMS)
+    assert 'id="dynamics"' in page and "slm, seed 1: what each checkpoint would select" in page
     assert json.loads((finished / "report" / "summary.json").read_text())
     assert load_config(finished / "config.yaml").name == "toy"
 
@@ -164,7 +167,7 @@ def test_a_recipe_runs(tmp_path, monkeypatch, name):
     monkeypatch.chdir(ROOT)
     tree = yaml.safe_load((pipeline.DEMO.parent / f"{name}.yaml").read_text())
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    steps = {"max_steps": 2, "save_steps": 2, "warmup_steps": 0}
+    steps = {"max_steps": 2, "save_steps": 1, "warmup_steps": 0}
     for model in (tree["model"], *(one.get("model") for one in tree.get("references", {}).values())):
         if model is not None:
             model["architecture"] |= small
@@ -208,6 +211,7 @@ INTERRUPTED = [  # where, what, at which call
     (train, "save_model", 1),
     (evaluate, "mean_loss", 3),
     (evaluate, "_write_tokens", 1),
+    (dynamics, "_losses_of", 2),
     (pipeline, "write_report", 1),
 ]
 
@@ -252,7 +256,10 @@ def test_an_arm_that_was_given_up_halfway_does_not_stop_the_others(config_file, 
         pipeline.run(load_config(config_file, one_seed), folder)
     config = load_config(config_file, one_seed)
     rest = config.model_copy(
-        update={"train": config.train.model_copy(update={"arms": {"random": config.train.arms["random"]}})}
+        update={
+            "train": config.train.model_copy(update={"arms": {"random": config.train.arms["random"]}}),
+            "dynamics": None,
+        }
     )
     assert pipeline.run(rest, folder).is_file()
     assert read_manifest(folder / "train" / "random-seed0").status == "complete"

@@ -317,6 +317,37 @@ def tokens(
 
 
 @app.command(cls=_Command)
+def dynamics(
+    models: Annotated[list[str], typer.Argument(help="A folder that `rho train` wrote, or checkpoints in order.")],
+    held_out: Annotated[Path, typer.Option(help="Corpus folder, whose validation split is followed.")],
+    out: Out,
+    reference: Annotated[
+        str | None, typer.Option(help="Also what the run's selection would pick, by this reference: folder or name.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the set, in whole blocks spread over it.")] = 320_000,
+    threshold: Annotated[float, typer.Option(help="Nats of change that make a token L->H or H->L.")] = 0.2,
+    accuracies: Annotated[
+        Path | None, typer.Option(help="JSON file {step: accuracy}, to be fitted by the loss of selected tokens.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks a forward.")] = 8,
+) -> None:
+    """Which tokens are learned, which never, which are noise: losses of single tokens over the checkpoints of a run."""
+    from rho import dynamics as stage
+    from rho.config import validated
+    from rho.corpus import Corpus
+    from rho.trajectories import CLASSES
+
+    settings = {"max_tokens": max_tokens, "threshold": threshold, "batch_size": batch_size}
+    config, corpus = validated(stage.DynamicsConfig, settings, "rho dynamics"), Corpus(held_out, "validation")
+    checkpoints = stage.checkpoints_in(models)
+    explore = stage.selection_of(models, reference, corpus) if reference else None
+    stage.follow(config, checkpoints, corpus, out, explore, stage.read_accuracies(accuracies) if accuracies else None)
+    found = json.loads((out / "summary.json").read_bytes())["classes"]
+    for name in CLASSES:
+        print(f"{name}  {found[name]['share']:6.1%}  {found[name]['tokens']:9,} tokens")
+
+
+@app.command(cls=_Command)
 def report(run_folder: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Make the report of a run directory."""
     from rho.report import write_report

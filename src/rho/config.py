@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rho.corpus import CorpusConfig
+from rho.dynamics import DynamicsConfig
 from rho.engines import Engine
 from rho.errors import ConfigError
 from rho.evaluate import EvaluateConfig
@@ -113,8 +114,15 @@ class EvaluateSection(EvaluateConfig):
     explore: str | None = None
 
 
+class DynamicsSection(DynamicsConfig):
+    """`set`: the corpus whose `validation` split is followed; `arms`: those followed, all unless given."""
+
+    set: str
+    arms: list[str] | None = Field(None, min_length=1)
+
+
 class RunConfig(_Section):
-    """A run: corpora -> references -> scores -> train -> evaluate -> report.
+    """A run: corpora -> references -> scores -> train -> evaluate, dynamics -> report.
 
     Attributes:
         name: of the run; its folder is `runs/<name>` unless another is asked for.
@@ -126,6 +134,7 @@ class RunConfig(_Section):
         corpus: the noisy corpus that is scored and trained on.
         target: the corpus whose `validation` split is the wanted domain: it judges reference and arms.
         score, train, evaluate: settings of the stages.
+        dynamics: of following single tokens over the checkpoints; left out unless given.
     """
 
     name: Name
@@ -138,6 +147,7 @@ class RunConfig(_Section):
     score: ScoreSection = ScoreSection()
     train: TrainSection
     evaluate: EvaluateSection
+    dynamics: DynamicsSection | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -166,9 +176,12 @@ class RunConfig(_Section):
             "tokenizer.corpora": self.tokenizer.corpora,
             "evaluate.sets": self.evaluate.sets,
             "evaluate.explore": [self.evaluate.explore] if self.evaluate.explore else [],
+            "dynamics.set": [self.dynamics.set] if self.dynamics else [],
         }
         for key, names in named.items():
             _check_known(key, "corpus", names, self.corpora)
+        if self.dynamics and self.dynamics.arms:
+            _check_known("dynamics.arms", "arm", self.dynamics.arms, self.train.arms)
         if self.target not in self.evaluate.sets:
             raise ValueError(f"evaluate.sets: the target '{self.target}' must be among them")
         for arm in self.train.arms:

@@ -24,7 +24,7 @@ from rho.objective import IGNORE_INDEX
 from rho.progress import track
 from rho.references.api import Meter
 from rho.references.model import check_tokenizer, mean_loss, score_batch
-from rho.references.scorer import as_batch
+from rho.references.scorer import Batch, as_batch
 from rho.rows import write_rows
 from rho.runs import MANIFEST, Manifest, atomic_write, hash_json, open_stage, read_manifest
 from rho.score import ScoreConfig, Source, identity, load_scorer
@@ -76,6 +76,15 @@ class Exploration:
     weights: Mapping[str, float] | None = None
     score: ScoreConfig = field(default_factory=ScoreConfig)  # how the references read
 
+    def inputs(self) -> dict[str, str]:
+        """Content hashes of the references, for a manifest."""
+        found = {name: identity(one.reference, one.tokenizer, self.corpus) for name, one in self.references.items()}
+        return {f"{key}:{name}": value for name, hashes in found.items() for key, value in hashes.items()}
+
+    def settings(self) -> dict[str, Any]:
+        """What else decides the selection, for a manifest."""
+        return {"selector": asdict(self.selector), "combine": self.combine, "weights": self.weights}
+
 
 def checkpoints_of(train_folder: str | os.PathLike[str], arm: str) -> list[Checkpoint]:
     """Every checkpoint of a finished train stage, in order of steps."""
@@ -123,11 +132,8 @@ def evaluate(
     inputs |= {f"set:{name}": corpus.fingerprint for name, corpus in sets.items()}
     settings = config.model_dump()
     if explore is not None:
-        inputs |= {"explore": explore.corpus.fingerprint}
-        for name, source in explore.references.items():
-            found = identity(source.reference, source.tokenizer, explore.corpus)
-            inputs |= {f"{key}:{name}": value for key, value in found.items()}
-        settings |= {"selector": asdict(explore.selector), "combine": explore.combine, "weights": explore.weights}
+        inputs |= {"explore": explore.corpus.fingerprint, **explore.inputs()}
+        settings |= explore.settings()
     with open_stage(out, "evaluate", settings, inputs) as stage:
         if stage.fresh:
             return stage.manifest
@@ -169,11 +175,10 @@ def _evaluate_model(
     finished = {(row["model"], row["set"]) for row in done}
     missing = {name: corpus for name, corpus in sets.items() if (entry.model, name) not in finished}
     rows = []
-    model = _load(entry, next(iter(missing.values()))) if missing else None
+    model = load_checkpoint(entry, next(iter(missing.values()))) if missing else None
     for name, corpus in missing.items():
         assert model is not None
-        corpus.check_model(model.config, entry.model)
-        check_tokenizer(ModelConfig(path=entry.model), corpus)
+        check_reads(entry, model, corpus)
         loss = mean_loss(model, corpus, config.batch_size)
         row = {
             **{key: value for key, value in asdict(entry).items() if key != "content"},
@@ -190,7 +195,8 @@ def _evaluate_model(
     return rows
 
 
-def _load(entry: Checkpoint, corpus: Corpus) -> PreTrainedModel:
+def load_checkpoint(entry: Checkpoint, corpus: Corpus) -> PreTrainedModel:
+    """The model in eval mode, its files checked where their hashes are known; `check_reads` is for the set."""
     if entry.content is not None:
         check(Path(entry.model))
     model = make_model(ModelConfig(path=entry.model), corpus.vocab_size)
@@ -199,17 +205,23 @@ def _load(entry: Checkpoint, corpus: Corpus) -> PreTrainedModel:
     return model.to(device()).eval()
 
 
+def check_reads(entry: Checkpoint, model: PreTrainedModel, corpus: Corpus) -> None:
+    """Refuse a set of another tokenizer or vocabulary than the model's, with a `MismatchError`."""
+    corpus.check_model(model.config, entry.model)
+    check_tokenizer(ModelConfig(path=entry.model), corpus)
+
+
 def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfig, path: Path) -> None:
     """One row a token of the first blocks: what model and reference lose, and whether it would be selected."""
     corpus = explore.corpus
-    model = _load(entry, corpus)
+    model = load_checkpoint(entry, corpus)
     wanted = ("input_ids", "document", "num_bytes", "label", "document_id", "source")
     rows = [corpus.row(block, wanted) for block in range(min(config.token_blocks, len(corpus)))]
     batch = as_batch(corpus, rows)
     loss = score_batch(model, batch)[0].cpu()
-    columns = _reference_columns(explore, batch)
+    columns = reference_columns(explore, [batch])
     eligible = batch["labels"] != IGNORE_INDEX
-    selected = _selected(explore.selector, entry.step or 0, batch["labels"], loss, columns)
+    selected = would_select(explore.selector, entry.step or 0, batch["labels"], loss, columns)
     found = [
         token_rows(
             entry.arm,
@@ -224,19 +236,24 @@ def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfi
     write_rows([row for of_block in found for row in of_block], path)
 
 
-def _reference_columns(explore: Exploration, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Loss and entropy of the references, combined."""
+def reference_columns(explore: Exploration, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Loss_BT and entropy_BT of the references, combined, for the rows of all batches; NaN where a token has none.
+
+    One reference is in memory at a time.
+    """
     losses, entropies = {}, {}
     for name, (reference, tokenizer) in explore.references.items():
-        scores = load_scorer(explore.score, reference, explore.corpus, tokenizer, Meter())(batch)
-        losses[name] = scores["ref_loss"]
-        entropies[name] = scores.get("ref_entropy", torch.full_like(losses[name], torch.nan))
+        scorer = load_scorer(explore.score, reference, explore.corpus, tokenizer, Meter())
+        scores = [scorer(batch) for batch in batches]
+        losses[name] = torch.cat([one["ref_loss"] for one in scores])
+        unknown = torch.full_like(losses[name], torch.nan)
+        entropies[name] = torch.cat([s["ref_entropy"] for s in scores]) if "ref_entropy" in scores[0] else unknown
     found = {"ref_loss": losses, "ref_entropy": entropies}
     return {column: combined(values, explore.combine, explore.weights) for column, values in found.items()}
 
 
-def _selected(selector: Selector, step: int, labels: Tensor, loss: Tensor, columns: dict[str, Tensor]) -> Tensor:
-    """What a selection would pick of some rows; scopes wider than these rows are shown as `batch`."""
+def would_select(selector: Selector, step: int, labels: Tensor, loss: Tensor, columns: dict[str, Tensor]) -> Tensor:
+    """mask_BT of what a selection picks of some rows at a step; scopes wider than these rows are shown as `batch`."""
     active = selector.at(step)
     if active.scope not in ("sequence", "batch"):
         second = replace(active.second, scope="batch") if active.second else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rho.config import RunConfig, save_config
 from rho.corpus import Corpus, build_corpus
+from rho.dynamics import DynamicsConfig, follow
 from rho.errors import ConfigError
 from rho.evaluate import EvaluateConfig, Exploration, checkpoints_of, evaluate, finished
 from rho.models import ModelConfig, make_model
@@ -44,6 +45,7 @@ def run(config: RunConfig, folder: str | os.PathLike[str] | None = None) -> Path
         for arm in config.train.arms:
             pipeline.train(arm, seed)
     pipeline.evaluate()
+    pipeline.dynamics()
     return pipeline.report()
 
 
@@ -168,8 +170,8 @@ class _Pipeline:
         config = self.config.evaluate
         sets = self.sets()
         settings = EvaluateConfig(**config.model_dump(exclude={"sets", "explore"}))
-        references = {name: self.source(name) for name in self.config.references}
-        for name, source in references.items():
+        for name in self.config.references:
+            source = self.source(name)
             label = reference_folder(name)
             whole = self.config.score.context is None  # one that is read in windows may not read more
             if isinstance(source.reference, ModelConfig) and source.tokenizer is None and whole:
@@ -178,14 +180,33 @@ class _Pipeline:
         for seed in self.config.train.seeds:
             for arm in self.config.train.arms:
                 folder = self.train_folder(arm, seed)
-                explore = None
-                if config.explore is not None:
-                    text = Corpus(self.corpus_folder(config.explore), "validation")
-                    used = {name: references[name] for name in self.config.references_of(arm)}
-                    selection = self.config.train.arm(arm, seed)
-                    how = selection.references
-                    explore = Exploration(text, used, selection.selector, how.combine, how.weights, self.score_config())
+                explore = self.exploration(config.explore, arm, seed) if config.explore is not None else None
                 evaluate(settings, checkpoints_of(folder, arm), sets, self.folder / "evaluate" / folder.name, explore)
+
+    def exploration(self, name: str, arm: str, seed: int) -> Exploration:
+        """The held-out split of the corpus `name`, with the references and the selection of an arm."""
+        text = Corpus(self.corpus_folder(name), "validation")
+        used = {reference: self.source(reference) for reference in self.config.references_of(arm)}
+        selection = self.config.train.arm(arm, seed)
+        how = selection.references
+        return Exploration(text, used, selection.selector, how.combine, how.weights, self.score_config())
+
+    def dynamics(self) -> None:
+        """Single tokens over the checkpoints of every arm asked for, and what its selection would pick of them."""
+        config = self.config.dynamics
+        if config is None:
+            return
+        settings = DynamicsConfig(**config.model_dump(exclude={"set", "arms"}))
+        for seed in self.config.train.seeds:
+            for arm in config.arms or self.config.train.arms:
+                folder = self.train_folder(arm, seed)
+                explore = self.exploration(config.set, arm, seed)
+                selects = explore if explore.selector.selective else None
+                models = checkpoints_of(folder, arm)
+                if len(models) < 2:
+                    say(f"dynamics {folder.name}: left out, it needs two checkpoints or more: lower its save_steps")
+                    continue
+                follow(settings, models, explore.corpus, self.folder / "dynamics" / folder.name, selects)
 
     def report(self) -> Path:
         """The page, made anew if any stage's output is new."""

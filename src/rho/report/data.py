@@ -52,6 +52,15 @@ class Step:
 
 
 @dataclass(frozen=True)
+class ArmDynamics:
+    """What `rho.dynamics_summary.summarise` made of one trained model."""
+
+    arm: str
+    seed: int
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything the report shows. `stages` maps a stage's folder to its manifest, None where it is not finished."""
 
@@ -62,6 +71,7 @@ class Run:
     evaluations: list[Evaluation]
     steps: dict[tuple[str, int], list[Step]]
     tokens: list[TokenRow]
+    dynamics: list[ArmDynamics]
 
     @property
     def arms(self) -> list[str]:
@@ -122,6 +132,7 @@ def read_run(run: Path) -> Run:
         ],
         steps=_steps(run, stages, asked),
         tokens=[row for name, made in evaluated.items() for row in _tokens(run / name / "tokens.parquet", made)],
+        dynamics=_dynamics(run, stages, asked),
     )
 
 
@@ -183,6 +194,21 @@ def _steps(run: Path, stages: dict[str, Manifest | None], asked: list[str] | Non
             key = (name[1], int(name[2])) if name else (folder, 0)
             steps[key] = _lines(run, folder, path.name, stages.get(folder), _step)
     return steps
+
+
+def _dynamics(run: Path, stages: dict[str, Manifest | None], asked: list[str] | None) -> list[ArmDynamics]:
+    found = []
+    for folder, manifest in stages.items():
+        name = re.fullmatch(r"dynamics/(.+)-seed(\d+)", folder, re.DOTALL)
+        if name is None or manifest is None or (asked is not None and folder.split("/")[1] not in asked):
+            continue
+        path = run / folder / "summary.json"
+        try:
+            _intact(path, manifest)
+            found.append(ArmDynamics(name[1], int(name[2]), json.loads(path.read_bytes())))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: can't be read ({error}). Run the dynamics stage again.") from error
+    return found
 
 
 def _intact(path: Path, manifest: Manifest | None) -> None:

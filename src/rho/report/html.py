@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
@@ -13,8 +14,8 @@ from rho.report.tokens import colours, in_line, visible
 NONE = "–"
 
 
-def template(name: str) -> Template:
-    """A template of the package, with escaping."""
+def template(name: str, **filters: Callable[..., Any]) -> Template:
+    """A template of the package, with escaping, and filters beside those that all have."""
     environment = Environment(
         loader=PackageLoader("rho.report", ""),
         autoescape=True,
@@ -25,6 +26,7 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
     )
     environment.filters.update(loss=loss, excess=excess, count=count, percent=percent, spread=spread, in_line=in_line)
+    environment.filters.update(filters)
     environment.globals.update(light=colours(dark=False), dark=colours(dark=True))
     return environment.get_template(name)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rho.report import plots
 from rho.report.data import REFERENCE, Run
+from rho.report.dynamics import arrow, paper_order, perplexity, sections
 from rho.report.html import percent, spread, template
 from rho.report.tokens import by_quantity, documents
 
@@ -18,7 +20,7 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         {label for seeds in summary["arms"].values() for one in seeds.values() for label in one["label_share"]}
     )
     found, omitted = documents(run.tokens)
-    return template("template.html.j2").render(
+    return template("template.html.j2", arrow=arrow, paper_order=paper_order, perplexity=perplexity).render(
         run=run,
         summary=summary,
         headline=headline(summary),
@@ -34,6 +36,7 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         omitted=omitted,
         colours=plots.COLOURS,
         versions=_versions(run),
+        dynamics=sections(run),
     )
 
 

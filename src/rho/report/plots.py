@@ -30,7 +30,7 @@ COLOURS = (
     "#555555",
 )  # told apart by colour-blind eyes
 _MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"))
-_STYLE = {
+STYLE = {
     "svg.hashsalt": "rho",
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -64,8 +64,13 @@ class Plot:
     keys: list[Key]
     caption: str
 
+    @property
+    def svg(self) -> bytes:
+        """The picture as a file's content."""
+        return base64.b64decode(self.uri.partition(",")[2])
 
-class _Canvas:
+
+class Canvas:
     """One pair of axes to draw on and the legend of what was drawn."""
 
     def __init__(self, x: str, y: str) -> None:
@@ -81,7 +86,7 @@ class _Canvas:
         index = len(self.keys)
         marker, glyph = _MARKERS[index % len(_MARKERS)]
         colour = index % len(COLOURS)
-        self.axes.plot(x, y, color=COLOURS[colour], marker=marker, markevery=(3 * index % every, every))
+        self.axes.plot(x, y, color=COLOURS[colour], marker=marker, markevery=(3 * index % every, every), label=name)
         self.keys.append(Key(glyph, colour, name))
         return COLOURS[colour]
 
@@ -97,8 +102,8 @@ def target_loss(
     curves: dict[str, list[list[Evaluation]]], goal: float | None, reference: float | None, since: float = 0.0
 ) -> Plot:
     """Target loss against tokens processed: a curve per arm and seed, from the share `since` of the tokens on."""
-    with rc_context(_STYLE):
-        canvas = _Canvas("tokens processed", "target loss (nats per token)")
+    with rc_context(STYLE):
+        canvas = Canvas("tokens processed", "target loss (nats per token)")
         end = max((row.tokens_seen for runs in curves.values() for run in runs for row in run), default=0)
         for name, runs in curves.items():
             late = [[row for row in run if row.tokens_seen >= since * end] for run in runs]
@@ -125,8 +130,8 @@ def _mean_curve(runs: list[list[Evaluation]]) -> tuple[list[float], list[float]]
 
 def realised_ratio(arms: dict[str, list[list[Step]]]) -> Plot:
     """The share of the eligible tokens that were selected, by step, for every arm."""
-    with rc_context(_STYLE):
-        canvas = _Canvas("step", "selected / eligible")
+    with rc_context(STYLE):
+        canvas = Canvas("step", "selected / eligible")
         for name, runs in arms.items():
             groups = _groups(runs)
             y = [_ratio(sum(s.selected for s in group), sum(s.eligible for s in group)) for group in groups]
@@ -140,8 +145,8 @@ def realised_ratio(arms: dict[str, list[list[Step]]]) -> Plot:
 
 def losses(runs: list[list[Step]]) -> Plot:
     """One arm's training loss on the selected, the unselected and all tokens, by step."""
-    with rc_context(_STYLE):
-        canvas = _Canvas("step", "training loss (nats per token)")
+    with rc_context(STYLE):
+        canvas = Canvas("step", "training loss (nats per token)")
         groups = _groups(runs)
         kinds: dict[str, Callable[[Step], float]] = {
             "selected": lambda step: step.loss_selected,
@@ -155,8 +160,8 @@ def losses(runs: list[list[Step]]) -> Plot:
 
 def excess_quantiles(runs: list[list[Step]]) -> Plot:
     """One arm's excess loss by step: median, middle half, middle nine tenths."""
-    with rc_context(_STYLE):
-        canvas = _Canvas("step", "excess loss (nats)")
+    with rc_context(STYLE):
+        canvas = Canvas("step", "excess loss (nats)")
         groups = _groups(runs)
         x = _middles(groups)
         q = {
@@ -173,8 +178,8 @@ def excess_quantiles(runs: list[list[Step]]) -> Plot:
 
 def label_shares(runs: list[list[Step]]) -> Plot:
     """The share selected of each label's tokens, by step, for one arm."""
-    with rc_context(_STYLE):
-        canvas = _Canvas("step", "selected / eligible")
+    with rc_context(STYLE):
+        canvas = Canvas("step", "selected / eligible")
         groups = _groups(runs)
         for label in sorted({label for run in runs for step in run for label in step.labels}):
             shares = [label_share(group, label) for group in groups]
