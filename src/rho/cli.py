@@ -261,15 +261,34 @@ def train(
 @app.command(cls=_Command)
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Models or checkpoints: folders or Hugging Face names.")],
-    held_out: Annotated[list[str], typer.Option(help="name=corpus folder, whose validation split is evaluated.")],
     out: Out,
-    batch_size: Annotated[int, typer.Option(help="Blocks a forward.")] = 8,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="name=corpus folder, whose validation split is evaluated.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks, or questions, a forward.")] = 8,
+    suite: Annotated[
+        str | None, typer.Option(help="Benchmarks instead, by lm_eval: math, general or extra; of one model.")
+    ] = None,
+    task_data: Annotated[Path | None, typer.Option(help="Folder with the suite's data; else the Hub's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task.")] = None,
+    max_gen_toks: Annotated[int | None, typer.Option(help="The longest answer, in tokens.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="For a suite: of a model that comes without.")] = None,
 ) -> None:
-    """Loss and bits per byte of models on held-out sets."""
+    """Loss and bits per byte of models on held-out sets, or a model's accuracy in a suite of benchmarks."""
+    if (suite is None) == (not held_out):
+        raise ConfigError("give either --held-out (losses) or --suite (benchmarks).")
+    if suite is not None:
+        from rho.config import validated
+        from rho.suites import SuiteConfig, evaluate_suite, table
+
+        settings = {"suite": suite, "limit": limit, "max_gen_toks": max_gen_toks, "batch_size": batch_size}
+        config = validated(SuiteConfig, settings, "rho evaluate --suite")
+        print(table(evaluate_suite(config, models, out, task_data, tokenizer)))
+        return
     from rho import evaluate as stage
     from rho.corpus import Corpus
 
-    sets = {name: Corpus(folder, "validation") for name, folder in _named("--held-out", held_out).items()}
+    sets = {name: Corpus(folder, "validation") for name, folder in _named("--held-out", held_out or []).items()}
     entries = [stage.finished(model) for model in models]
     stage.evaluate(stage.EvaluateConfig(batch_size=batch_size), entries, sets, out)
     print((out / "losses.jsonl").read_text(), end="")
