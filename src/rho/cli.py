@@ -295,6 +295,16 @@ def evaluate(
 
 
 @app.command(cls=_Command)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `rho evaluate` wrote; the first's is the base.")],
+) -> None:
+    """Differences of the losses of evaluated models, with 95 % intervals (paired bootstrap over blocks)."""
+    from rho import compare as stage
+
+    print(stage.table(stage.compare(folders)))
+
+
+@app.command(cls=_Command)
 def report(run_folder: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Make the report of a run directory."""
     from rho.report import write_report
