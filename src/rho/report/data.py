@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from rho.compare import BLOCKS, BlockSums, read_blocks
 from rho.errors import DataError
 from rho.runs import MANIFEST, Manifest, hash_file, read_manifest
 
@@ -71,7 +72,10 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the report shows. `stages` maps a stage's folder to its manifest, None where it is not finished."""
+    """Everything the report shows. `stages` maps a stage's folder to its manifest, None where it is not finished.
+
+    `blocks` has the losses block by block of the last checkpoint of each arm and seed, on each set.
+    """
 
     name: str
     config: str
@@ -80,6 +84,7 @@ class Run:
     evaluations: list[Evaluation]
     steps: dict[tuple[str, int], list[Step]]
     tokens: list[TokenRow]
+    blocks: dict[tuple[str, int, str], BlockSums] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -140,6 +145,7 @@ def read_run(run: Path) -> Run:
         ],
         steps=_steps(run, stages, asked),
         tokens=[row for name, made in evaluated.items() for row in _tokens(run / name / "tokens.parquet", made)],
+        blocks=_blocks(run, evaluated),
     )
 
 
@@ -275,6 +281,17 @@ def _tokens(path: Path, manifest: Manifest) -> list[TokenRow]:
         return [_token(row) for row in rows]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: can't be read as token rows ({error}). Run the evaluate stage again.") from error
+
+
+def _blocks(run: Path, evaluated: dict[str, Manifest]) -> dict[tuple[str, int, str], BlockSums]:
+    """Of the last checkpoints; of a run made before there was such a file, none."""
+    last: dict[tuple[str, int, str], BlockSums] = {}
+    for name, made in evaluated.items():
+        for row in read_blocks(run / name, made) if BLOCKS in made.outputs else []:
+            key = (row.arm, 0 if is_reference(row.arm) else row.seed, row.set)
+            if key not in last or (row.step or 0) >= (last[key].step or 0):
+                last[key] = row
+    return last
 
 
 def _token(row: dict[str, Any]) -> TokenRow:

@@ -27,7 +27,7 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(loss=_loss, count=_count, percent=_percent, spread=_spread)
+    environment.filters.update(loss=_loss, count=_count, percent=_percent, spread=_spread, interval=_interval)
     labels = sorted(
         {label for seeds in summary["arms"].values() for one in seeds.values() for label in one["label_share"]}
     )
@@ -142,6 +142,7 @@ def _results(summary: dict[str, Any]) -> list[dict[str, Any]]:
                     "arm": arm,
                     "set": name,
                     "seeds": len(seeds) if arm in trained else None,
+                    "difference": summary["differences"].get(arm, {}).get(name),
                     "loss": [one["final"][name]["loss"] for one in seeds if name in one["final"]],
                     "bits": [one["final"][name]["bits_per_byte"] for one in seeds if name in one["final"]],
                     **{
@@ -189,6 +190,11 @@ def _count(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def _interval(difference: dict[str, Any] | None) -> str:
+    """A difference with its interval."""
+    return NONE if difference is None else "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference)
 
 
 def _spread(values: Sequence[float | None], form: Callable[[float | None], str] = _loss) -> str:
