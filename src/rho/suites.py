@@ -310,10 +310,12 @@ def load_lm(model: str, tokenizer: str | None, config: SuiteConfig) -> Any:
 def _evaluate_task(lm: Any, model: str, task: Task, asked: Ask, config: SuiteConfig) -> dict[str, Any]:
     """lm_eval's results of one task, with the row of the table added under `rho`."""
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     results = simple_evaluate(
         lm,
         tasks=[asked.spec],
+        task_manager=TaskManager(include_defaults=isinstance(asked.spec, str)),  # reading its own takes long
         num_fewshot=asked.shots,
         limit=config.limit,
         gen_kwargs={"max_gen_toks": config.max_gen_toks} if config.max_gen_toks else None,
