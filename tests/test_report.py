@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,60 @@ class Page(HTMLParser):
             fetches = name in ("src", "href") and not (value or "").startswith(("data:image/svg+xml;base64,", "#"))
             if fetches or name.startswith("on"):
                 self.acting.append((name, value))
+
+
+def with_blocks(run: Path, losses: dict[tuple[str, int, int], list[float]]) -> None:
+    """Make the run's evaluate stage anew, with the losses of blocks of 10 tokens of (arm, seed, step) on the target."""
+    rows = [evaluation(arm, seed, step, sum(nats) / (10 * len(nats))) for (arm, seed, step), nats in losses.items()]
+    blocks = [
+        {"model": f"{key}", "arm": key[0], "seed": key[1], "step": key[2], "set": "target", "block": n, "nats": value}
+        for key, nats in losses.items()
+        for n, value in enumerate(nats)
+    ]
+    shutil.rmtree(run / "evaluate")
+    with open_stage(run / "evaluate", "stage", {}, {}) as stage:
+        (run / "evaluate/losses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pq.write_table(pa.Table.from_pylist([{**row, "tokens": 10} for row in blocks]), run / "evaluate/blocks.parquet")
+        stage.add_output("losses.jsonl")
+        stage.add_output("blocks.parquet")
+        stage.finish(target="target")
+
+
+def test_the_difference_to_the_baseline_is_that_of_the_last_checkpoints_over_common_seeds(run: Path) -> None:
+    with_blocks(
+        run,
+        {
+            ("clm", 0, 2): [99.0, 99.0],
+            ("clm", 0, 4): [30.0, 50.0],
+            ("clm", 1, 4): [32.0, 52.0],
+            ("slm", 0, 4): [20.0, 30.0],  # 10 and 20 less
+            ("slm", 1, 4): [20.0, 30.0],  # 12 and 22 less
+            ("slm", 2, 4): [0.0, 0.0],  # clm has no such seed
+        },
+    )
+    page, summary = report(run)
+    found = summary["differences"]["slm"]["target"]
+    assert found == {
+        "difference": pytest.approx(-1.6),
+        "low": pytest.approx(-2.1),
+        "high": pytest.approx(-1.1),
+        "seeds": 2,
+    }
+    assert list(summary["differences"]) == ["slm"]
+    assert ">minus clm's</th>" in page and "-1.600 (-2.100 to -1.100)" in page
+
+
+def test_a_run_without_losses_by_block_has_no_differences(run: Path) -> None:
+    page, summary = report(run)
+    assert summary["differences"] == {"slm": {}} and "minus clm" not in page
+
+
+def test_a_damaged_file_of_blocks_is_named(run: Path) -> None:
+    with_blocks(run, {("clm", 0, 4): [30.0, 50.0], ("slm", 0, 4): [20.0, 30.0]})
+    with (run / "evaluate/blocks.parquet").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match=r"blocks\.parquet: changed since"):
+        write_report(run)
 
 
 def curve(*points: tuple[int, float]) -> list[Evaluation]:

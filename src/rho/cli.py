@@ -11,46 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
-from rho.errors import ConfigError, DataError, RhoError, Stopped
-from rho.progress import say
-
-
-class _Command(TyperCommand):
-    """One subcommand; imports take seconds, so that it says something before them."""
-
-    def invoke(self, ctx: Any) -> Any:
-        say("rho: loading")
-        return super().invoke(ctx)
-
-
-class _Commands(TyperGroup):
-    """The subcommands; what a user causes ends in a message and an exit code, never in a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Stopped as stopped:
-            say(str(stopped))
-            raise typer.Exit(0) from None
-        except RhoError as error:
-            say(f"error: {error}")
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            say("interrupted. Nothing finished is lost: run the same command again to go on.")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            from rho.runs import refusal
-
-            if (refused := refusal(error)) is None:
-                raise
-            say(f"error: {refused}")
-            raise typer.Exit(1) from None
-
+from rho.command import Command, Commands
+from rho.errors import ConfigError, DataError
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -77,7 +43,7 @@ SkipBadRecords = Annotated[bool, typer.Option(help="Count and list unreadable re
 Seed = Annotated[int, typer.Option(help="Seed of new weights, data order and random selection.")]
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def demo(out: RunFolder = None, overrides: Set = None) -> None:
     """The whole pipeline on text that is on this machine already; ends in a report."""
     from rho.pipeline import DEMO
@@ -85,7 +51,7 @@ def demo(out: RunFolder = None, overrides: Set = None) -> None:
     run(DEMO, out, overrides)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def run(
     config: Annotated[Path, typer.Argument(help="The run's YAML, for instance recipes/demo.yaml.")],
     out: RunFolder = None,
@@ -98,7 +64,7 @@ def run(
     print(pipeline.run(load_config(config, overrides or []), out))
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def tokenizer(
     sources: Annotated[list[str], typer.Argument(help="Text: files, folders, hf:NAME, docstrings:PACKAGE ...")],
     out: Out,
@@ -113,7 +79,7 @@ def tokenizer(
     print(out / "tokenizer")
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def corpus(
     sources: Annotated[list[str], typer.Argument(help="Text: files, folders, hf:NAME, docstrings:PACKAGE ...")],
     tokenizer: Annotated[str, typer.Option(help="tokenizer.json, folder, or Hugging Face name.")],
@@ -146,13 +112,13 @@ def corpus(
     print(out)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def reference(corpus: CorpusFolder, model: ModelPath, out: Out, seed: Seed = 0, arguments: Arguments = None) -> None:
     """Train a reference: plain language modeling on a curated corpus."""
     train(corpus, model, out, seed=seed, arguments=arguments)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def score(
     corpus: CorpusFolder,
     reference: Annotated[
@@ -202,7 +168,7 @@ def score(
     print(out)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def train(
     corpus: CorpusFolder,
     model: ModelPath,
@@ -258,24 +224,43 @@ def train(
     print(out / "model")
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Models or checkpoints: folders or Hugging Face names.")],
-    held_out: Annotated[list[str], typer.Option(help="name=corpus folder, whose validation split is evaluated.")],
     out: Out,
-    batch_size: Annotated[int, typer.Option(help="Blocks a forward.")] = 8,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="name=corpus folder, whose validation split is evaluated.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks, or questions, a forward.")] = 8,
+    suite: Annotated[
+        str | None, typer.Option(help="Benchmarks instead, by lm_eval: math, general or extra; of one model.")
+    ] = None,
+    task_data: Annotated[Path | None, typer.Option(help="Folder with the suite's data; else the Hub's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task.")] = None,
+    max_gen_toks: Annotated[int | None, typer.Option(help="The longest answer, in tokens.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="For a suite: of a model that comes without.")] = None,
 ) -> None:
-    """Loss and bits per byte of models on held-out sets."""
+    """Loss and bits per byte of models on held-out sets, or a model's accuracy in a suite of benchmarks."""
+    if (suite is None) == (not held_out):
+        raise ConfigError("give either --held-out (losses) or --suite (benchmarks).")
+    if suite is not None:
+        from rho.config import validated
+        from rho.suites import SuiteConfig, evaluate_suite, table
+
+        settings = {"suite": suite, "limit": limit, "max_gen_toks": max_gen_toks, "batch_size": batch_size}
+        config = validated(SuiteConfig, settings, "rho evaluate --suite")
+        print(table(evaluate_suite(config, models, out, task_data, tokenizer)))
+        return
     from rho import evaluate as stage
     from rho.corpus import Corpus
 
-    sets = {name: Corpus(folder, "validation") for name, folder in _named("--held-out", held_out).items()}
+    sets = {name: Corpus(folder, "validation") for name, folder in _named("--held-out", held_out or []).items()}
     entries = [stage.finished(model) for model in models]
     stage.evaluate(stage.EvaluateConfig(batch_size=batch_size), entries, sets, out)
     print((out / "losses.jsonl").read_text(), end="")
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def tokens(
     text: Annotated[str | None, typer.Argument(help="A file, folder, hf:NAME ..., or - for standard input.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or Hugging Face name; with --run, ARM-seedN.")] = None,
@@ -316,7 +301,7 @@ def tokens(
         print(out)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def dynamics(
     models: Annotated[list[str], typer.Argument(help="A folder that `rho train` wrote, or checkpoints in order.")],
     held_out: Annotated[Path, typer.Option(help="Corpus folder, whose validation split is followed.")],
@@ -347,7 +332,17 @@ def dynamics(
         print(f"{name}  {found[name]['share']:6.1%}  {found[name]['tokens']:9,} tokens")
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `rho evaluate` wrote; the first's is the base.")],
+) -> None:
+    """Differences of the losses of evaluated models, with 95 % intervals (paired bootstrap over blocks)."""
+    from rho import compare as stage
+
+    print(stage.table(stage.compare(folders)))
+
+
+@app.command(cls=Command)
 def report(run_folder: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Make the report of a run directory."""
     from rho.report import write_report
@@ -355,7 +350,7 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Run directory.")]) -
     print(write_report(run_folder))
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def verify(
     folders: Annotated[list[Path], typer.Argument(help="Run directories, or folders of single stages.")],
 ) -> None:
@@ -378,7 +373,7 @@ app.add_typer(scores_app, name="scores")
 Store = Annotated[Path, typer.Argument(help="Folder that `rho score` wrote.")]
 
 
-@scores_app.command("ls", cls=_Command)
+@scores_app.command("ls", cls=Command)
 def scores_ls(folder: Annotated[Path, typer.Argument(help="Where to look, this folder and below.")]) -> None:
     """The stores in a folder, a JSON line each."""
     from rho.store import ScoreStore
@@ -388,7 +383,7 @@ def scores_ls(folder: Annotated[Path, typer.Argument(help="Where to look, this f
         print(json.dumps(summary(ScoreStore(store))))
 
 
-@scores_app.command("show", cls=_Command)
+@scores_app.command("show", cls=Command)
 def scores_show(
     store: Store, corpus: CorpusFolder, block: Annotated[int, typer.Option(help="Its number, from 0.")] = 0
 ) -> None:
@@ -406,7 +401,7 @@ def scores_show(
         print("{:5d} {:9.4f} {:9.4f}  {!r}".format(*row))  # repr: no escape sequence of a text reaches the terminal
 
 
-@scores_app.command("export", cls=_Command)
+@scores_app.command("export", cls=Command)
 def scores_export(
     store: Store, corpus: CorpusFolder, out: Annotated[Path, typer.Option(help="The Parquet file to write.")]
 ) -> None:

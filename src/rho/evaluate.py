@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rho.checkpoints import check, step_of
+from rho.compare import BLOCKS
 from rho.corpus import Corpus
 from rho.data import CombineReferences, combined
 from rho.errors import DataError
 from rho.explore import Seen, token_rows
+from rho.losses import block_losses, by_domain, total
 from rho.models import ModelConfig, check_head, check_isolation, device, make_model, source_hash
 from rho.objective import IGNORE_INDEX
 from rho.progress import track
 from rho.references.api import Meter
-from rho.references.model import check_tokenizer, mean_loss, score_batch
-from rho.references.scorer import Batch, as_batch
+from rho.references.model import check_tokenizer, score_batch
+from rho.references.scorer import Batch, MeanLoss, as_batch, checked
 from rho.rows import write_rows
 from rho.runs import MANIFEST, Manifest, atomic_write, hash_json, open_stage, read_manifest
 from rho.score import ScoreConfig, Source, identity, load_scorer
@@ -116,10 +120,12 @@ def evaluate(
     out: str | os.PathLike[str],
     explore: Exploration | None = None,
 ) -> Manifest:
-    """Write `losses.jsonl` (a line for each model and set) and, with `explore`, `tokens.parquet` into `out`.
+    """Write what `models` lose on the sets' `validation` splits into the stage folder `out`.
 
-    Losses are means over all labelled tokens of the sets' `validation` splits; the last of `models` is the one
-    explored. An interrupted run goes on after the last line written.
+    `losses.jsonl` has a line for each model and set, the means over all labelled tokens; `domains.jsonl` one for each
+    source of documents, and label of tokens, in each set; `blocks.parquet` the sums of each block (`block_losses`), by
+    which `rho.compare` tells models apart. With `explore`, `tokens.parquet` shows the last of `models` token by token.
+    An interrupted run goes on after the last line written.
 
     Raises:
         MismatchError: a model with another tokenizer or vocabulary than a set.
@@ -139,15 +145,21 @@ def evaluate(
             return stage.manifest
         of = hash_json([inputs, [entry.model for entry in models]])[:12]
         unfinished = stage.folder / f".losses-{of}.jsonl"  # of just these models and sets
-        rows = _finished_rows(unfinished)
+        rows = [row for row in _finished_rows(unfinished) if _part(unfinished, row["model"], row["set"]).is_file()]
         total = len(models) * sum(len(corpus) * corpus.block_length for corpus in sets.values())
         with track(f"evaluate {stage.folder.name}", total) as advance:
             for entry in models:
                 rows += _evaluate_model(entry, sets, config, rows, unfinished, advance)
-        with atomic_write(stage.folder / "losses.jsonl") as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-        stage.add_output("losses.jsonl")
-        unfinished.unlink(missing_ok=True)
+        parts = [_part(unfinished, row["model"], row["set"]) for row in rows]
+        tables = [pq.read_table(part, page_checksum_verification=True) for part in parts]
+        domains = [line for row, table in zip(rows, tables, strict=True) for line in _domains(row, table)]
+        _write_lines(stage.folder / "losses.jsonl", rows)
+        _write_lines(stage.folder / "domains.jsonl", domains)
+        _write_blocks(stage.folder / BLOCKS, rows, tables)
+        for name in ("losses.jsonl", "domains.jsonl", BLOCKS):
+            stage.add_output(name)
+        for path in (unfinished, *parts):
+            path.unlink(missing_ok=True)
         if explore is not None:
             _write_tokens(models[-1], explore, config, stage.folder / "tokens.parquet")
             stage.add_output("tokens.parquet")
@@ -162,6 +174,42 @@ def _finished_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break  # cut short by a kill
     return rows
+
+
+def _part(unfinished: Path, model: str, name: str) -> Path:
+    """Where the blocks of one finished line are until all are done."""
+    return unfinished.with_name(f"{unfinished.stem}-{hash_json([model, name])[:12]}.parquet")
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def _write_blocks(path: Path, rows: Sequence[dict[str, Any]], tables: Sequence[pa.Table]) -> None:
+    """The tables together, each with the model and set that it is of."""
+    kinds = {"model": pa.string(), "arm": pa.string(), "seed": pa.int64(), "step": pa.int64(), "set": pa.string()}
+    named = []
+    for row, table in zip(rows, tables, strict=True):
+        columns = {name: pa.array([row[name]] * len(table), kind) for name, kind in kinds.items()}
+        named.append(pa.table({**columns, **dict(zip(table.column_names, table.columns, strict=True))}))
+    with atomic_write(path) as file:
+        pq.write_table(pa.concat_tables(named), file, write_page_checksum=True, compression="zstd")
+
+
+def _domains(row: dict[str, Any], table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Lines of `domains.jsonl`: like those of `losses.jsonl`, of one source or label."""
+    for by, name, loss in by_domain(table):
+        yield {**row, "by": by, "domain": name, **_measures(loss)}
+
+
+def _measures(loss: MeanLoss) -> dict[str, Any]:
+    return {
+        "loss": loss.nats_per_token,
+        "bits_per_byte": loss.bits_per_byte if loss.bytes else None,  # of bytes that follow a character's first
+        "tokens": loss.tokens,
+        "bytes": loss.bytes,
+    }
 
 
 def _evaluate_model(
@@ -179,15 +227,11 @@ def _evaluate_model(
     for name, corpus in missing.items():
         assert model is not None
         check_reads(entry, model, corpus)
-        loss = mean_loss(model, corpus, config.batch_size)
-        row = {
-            **{key: value for key, value in asdict(entry).items() if key != "content"},
-            "set": name,
-            "loss": loss.nats_per_token,
-            "bits_per_byte": loss.bits_per_byte,
-            "tokens": loss.tokens,
-            "bytes": loss.bytes,
-        }
+        table = block_losses(model, corpus, config.batch_size)
+        of = {key: value for key, value in asdict(entry).items() if key != "content"}
+        row = {**of, "set": name, **_measures(checked(total(table), corpus))}
+        with atomic_write(_part(unfinished, entry.model, name)) as part:
+            pq.write_table(table, part, write_page_checksum=True, compression="zstd")
         with unfinished.open("a") as file:
             file.write(json.dumps(row) + "\n")
         rows.append(row)

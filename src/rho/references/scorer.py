@@ -95,14 +95,19 @@ def mean_of(scorer: Scorer, corpus: Corpus, batch_size: int) -> MeanLoss:
             nats += float(loss_BT[labelled].sum())
             tokens += int(labelled.sum())
             size += int(batch["num_bytes"][labelled].sum())
-    if tokens == 0:
+    return checked(MeanLoss(nats, tokens, size), corpus)
+
+
+def checked(loss: MeanLoss, corpus: Corpus) -> MeanLoss:
+    """The loss, if it is one; a `DataError` where nothing of the corpus was scored or it is not finite."""
+    if loss.tokens == 0:
         raise DataError(f"{corpus.folder}: no token of the {corpus.split} split has a label. Give longer documents.")
-    if not math.isfinite(nats):
+    if not math.isfinite(loss.nats):
         raise DataError(
-            f"{corpus.folder}: expected a finite loss of every token of the {corpus.split} split, found {nats} in all. "
-            "Check the model (its weights, its precision)."
+            f"{corpus.folder}: expected a finite loss of every token of the {corpus.split} split, found {loss.nats} in "
+            "all. Check the model (its weights, its precision)."
         )
-    return MeanLoss(nats, tokens, size)
+    return loss
 
 
 def batches(corpus: Corpus, shard: Mapping[str, Any], batch_size: int) -> Iterator[Batch]:

@@ -6,12 +6,13 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from rho.compare import BLOCKS, BlockSums, read_blocks
 from rho.errors import DataError
 from rho.rows import TokenRow, read_rows
 from rho.runs import MANIFEST, Manifest, hash_file, read_manifest
@@ -62,7 +63,10 @@ class ArmDynamics:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the report shows. `stages` maps a stage's folder to its manifest, None where it is not finished."""
+    """Everything the report shows. `stages` maps a stage's folder to its manifest, None where it is not finished.
+
+    `blocks` has the losses block by block of the last checkpoint of each arm and seed, on each set.
+    """
 
     name: str
     config: str
@@ -72,6 +76,7 @@ class Run:
     steps: dict[tuple[str, int], list[Step]]
     tokens: list[TokenRow]
     dynamics: list[ArmDynamics]
+    blocks: dict[tuple[str, int, str], BlockSums] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -133,6 +138,7 @@ def read_run(run: Path) -> Run:
         steps=_steps(run, stages, asked),
         tokens=[row for name, made in evaluated.items() for row in _tokens(run / name / "tokens.parquet", made)],
         dynamics=_dynamics(run, stages, asked),
+        blocks=_blocks(run, evaluated),
     )
 
 
@@ -279,3 +285,14 @@ def _tokens(path: Path, manifest: Manifest) -> list[TokenRow]:
         return []
     _intact(path, manifest)
     return read_rows(path)
+
+
+def _blocks(run: Path, evaluated: dict[str, Manifest]) -> dict[tuple[str, int, str], BlockSums]:
+    """Of the last checkpoints; of a run made before there was such a file, none."""
+    last: dict[tuple[str, int, str], BlockSums] = {}
+    for name, made in evaluated.items():
+        for row in read_blocks(run / name, made) if BLOCKS in made.outputs else []:
+            key = (row.arm, 0 if is_reference(row.arm) else row.seed, row.set)
+            if key not in last or (row.step or 0) >= (last[key].step or 0):
+                last[key] = row
+    return last

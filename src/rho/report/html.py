@@ -25,7 +25,9 @@ def template(name: str, **filters: Callable[..., Any]) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(loss=loss, excess=excess, count=count, percent=percent, spread=spread, in_line=in_line)
+    environment.filters.update(
+        loss=loss, excess=excess, count=count, percent=percent, spread=spread, in_line=in_line, interval=interval
+    )
     environment.filters.update(filters)
     environment.globals.update(light=colours(dark=False), dark=colours(dark=True))
     return environment.get_template(name)
@@ -49,6 +51,11 @@ def count(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A share as a percentage, or a dash."""
     return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def interval(difference: dict[str, Any] | None) -> str:
+    """A difference with its interval, or a dash."""
+    return NONE if difference is None else "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference)
 
 
 def spread(values: Sequence[float | None], form: Callable[[float | None], str] = loss) -> str:

@@ -130,6 +130,7 @@ def _results(summary: dict[str, Any]) -> list[dict[str, Any]]:
                     "arm": arm,
                     "set": name,
                     "seeds": len(seeds) if arm in trained else None,
+                    "difference": summary["differences"].get(arm, {}).get(name),
                     "loss": [one["final"][name]["loss"] for one in seeds if name in one["final"]],
                     "bits": [one["final"][name]["bits_per_byte"] for one in seeds if name in one["final"]],
                     **{

@@ -7,6 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from rho.compare import paired_bootstrap
 from rho.report.data import Evaluation, Run, Step
 
 FORMAT = 1
@@ -17,7 +20,7 @@ def summarise(run: Run) -> dict[str, Any]:
 
     `arms.<arm>.<seed>.tokens_to_target` is null where the arm never came down to `goal`, its baseline's final target
     loss with the same seed; where `goal` itself is null there was nothing to compare with. `reference_loss` is the best
-    reference's on the target.
+    reference's on the target. `differences.<arm>.<set>` is the arm's loss minus the baseline's (`differences`).
     """
     base = baseline(run)
     references = {name: _model(run, name, 0) for name in run.references}
@@ -30,6 +33,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "reference_loss": min((loss for loss in found if loss is not None), default=None),
         "references": references,
         "arms": {arm: {str(seed): _trained(run, base, arm, seed) for seed in run.seeds(arm)} for arm in run.arms},
+        "differences": {arm: differences(run, base, arm) for arm in run.arms if base is not None and arm != base},
     }
 
 
@@ -39,6 +43,27 @@ def baseline(run: Run) -> str | None:
         return "clm"
     logged = {arm for arm, _ in run.steps}
     return next((arm for arm in run.arms if arm in logged and not run.selective(arm)), None)
+
+
+def differences(run: Run, base: str, arm: str) -> dict[str, dict[str, float | int]]:
+    """Per set, `arm`'s final loss minus `base`'s, with its 95 % interval (`low`, `high`) and the number of seeds.
+
+    The means over the seeds that both have, of each block, are what `paired_bootstrap` resamples: the interval is that
+    of the held-out text, given these training runs. Sets of fewer than two blocks, or without losses by block (of a run
+    made before there were any), are left out.
+    """
+    found: dict[str, dict[str, float | int]] = {}
+    for name in sorted({name for other, _, name in run.blocks if other == arm}):
+        pairs = [
+            (run.blocks[arm, seed, name], run.blocks[base, seed, name])
+            for seed in run.seeds(arm)
+            if (arm, seed, name) in run.blocks and (base, seed, name) in run.blocks
+        ]
+        if pairs and len(pairs[0][0].tokens_B) > 1:
+            first_B, second_B = (np.mean([pair[n].nats_B for pair in pairs], 0) for n in (0, 1))
+            interval = paired_bootstrap(first_B, second_B, pairs[0][0].tokens_B)
+            found[name] = {**vars(interval), "seeds": len(pairs)}
+    return found
 
 
 def tokens_to_loss(curve: Sequence[Evaluation], goal: float) -> tuple[float, float] | None:
