@@ -228,12 +228,23 @@ def dynamics_section(found: dict[str, Any], cost: dict[str, Any]) -> str:
     for run, arm, one in arms:
         if one["labels"]:
             labels = "\n".join(label_row(name, shares) for name, shares in one["labels"].items())
-            page += LABELS.format(run=run, arm=arm, rows=labels)
+            page += LABELS.format(run=run, arm=arm, rows=labels) + content_over_markup(one["labels"])
     costs = [
         f"| {kind} | {row['seconds']:.0f} | {row['tokens_per_second']:,} | {row['peak_memory_mib']:,} MiB |"
         for kind, row in cost["rows"].items()
     ]
     return page + LINE_FIT.format(**{**cost, "rows": "\n".join(costs)})
+
+
+def content_over_markup(labels: dict[str, Any]) -> str:
+    """How much rather content is selected than markup, where a run has both."""
+    if not {"content", "markup"} <= labels.keys():
+        return ""
+    selected, above = (labels["content"][key][-1] / labels["markup"][key][-1] for key in ("share", "excess_above_0"))
+    return (
+        f"Content is selected {selected:.1f} times as often as markup by the last checkpoint, its excess is above 0 "
+        f"{above:.1f} times as often: tokens with an excess above 0 do not fill the ratio.\n\n"
+    )
 
 
 def label_row(name: str, found: dict[str, Any]) -> str:
