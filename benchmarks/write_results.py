@@ -184,7 +184,8 @@ DYNAMICS = """## Token dynamics
 Shares of tokens by what becomes of their loss over the checkpoints (App. D.1; a line through each token's losses, 0.2
 nats), on a held-out part of the noisy corpus.
 
-    rho run recipes/math-demo.yaml        # the demo: with train.arguments.save_steps=22, dynamics for clm and slm
+    rho run recipes/math-demo.yaml
+    rho run recipes/demo.yaml --set train.arguments.save_steps=22 --set 'dynamics={{set: noisy, arms: [clm]}}'
     python benchmarks/dynamics.py runs runs/math-demo runs/demo
 
 | run | arm | tokens | checkpoints | H→H | L→H | H→L | L→L |
@@ -205,7 +206,7 @@ the last one is worse than the reference (excess above 0):
 {rows}
 
 """
-LINE_FIT = """The line fit and the classes of {tokens:,} tokens at {checkpoints} checkpoints ({threads} threads):
+LINE_FIT = """The line fit and the classes of {tokens:,} tokens at {checkpoints} checkpoints (threads: {threads}):
 
     python benchmarks/dynamics.py fit
 
@@ -242,7 +243,7 @@ def content_over_markup(labels: dict[str, Any]) -> str:
         return ""
     selected, above = (labels["content"][key][-1] / labels["markup"][key][-1] for key in ("share", "excess_above_0"))
     return (
-        f"Content is selected {selected:.1f} times as often as markup by the last checkpoint, its excess is above 0 "
+        f"Content is selected {selected:.1f} times as often as markup by the last checkpoint,\nits excess is above 0 "
         f"{above:.1f} times as often: tokens with an excess above 0 do not fill the ratio.\n\n"
     )
 
