@@ -363,16 +363,21 @@ def growth_plot(result: dict[str, Any], path: Path) -> None:
     lines = [(PLAIN, "#D55E00", "o"), (SELECTION, "#0072B2", "s")]
     labels = {"length": "tokens a sequence", "vocab": "vocabulary", "rows": "sequences"}
     for ax, (axis, points) in zip(axes, result["axes"].items(), strict=False):
+        values = [int(value) for value in points]
         for name, colour, marker in lines:
-            values = [int(value) for value in points]
             seconds = [rows[name]["seconds"] for rows in points.values()]
             ax.plot(values, seconds, marker=marker, color=colour, label=name)
         ax.set(xlabel=labels[axis], ylabel="seconds a step", xscale="log", ylim=0)
+        ax.set_xticks(values, [f"{value:,}" for value in values])
+        ax.minorticks_off()
     memory = result["memory"]
     for name, colour, marker in lines:
         sizes = [one["rows"][name] / 2**20 for one in memory.values()]
         axes[-1].plot([int(tokens) for tokens in memory], sizes, marker=marker, color=colour, label=name)
     axes[-1].set(xlabel="tokens", ylabel="MiB of head and loss", xscale="log", yscale="log")
+    axes[-1].set_xticks([int(tokens) for tokens in memory], [f"{int(tokens) // 1024}k" for tokens in memory])
+    axes[-1].set_yticks([100, 300, 1000, 3000], ["100", "300", "1,000", "3,000"])
+    axes[-1].minorticks_off()
     axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
