@@ -209,10 +209,11 @@ def step(loss: Loss, model: LlamaForCausalLM, batch: Batch) -> None:
     loss(backbone(model, batch), Head(model.lm_head.weight), batch)[0].backward()
 
 
-def filtered_step(loss: Loss, model: LlamaForCausalLM, batch: Batch) -> None:
+def filtered_step(loss: Loss, model: LlamaForCausalLM, filtered: FilteredBackward, batch: Batch) -> None:
     """A step of a model that is not the one whose gradients are cleared for every row."""
     model.zero_grad()
-    step(loss, model, batch)
+    with filtered:
+        step(loss, model, batch)
 
 
 def head_only(loss: Loss, hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
@@ -348,10 +349,10 @@ def measure(size: Size, rounds: int, device: torch.device, chunk: int | None) ->
         steps[f"{name}, online reference"] = partial(fresh, online)
     for what, exact in (("last block skipped", True), ("filtered backward", False)):
         other = copy.deepcopy(model)
-        FilteredBackward(other, exact)
+        filtered = FilteredBackward(other, exact)
         for ratio in RATIOS:
             name = f"ours, sequence {ratio}"
-            steps[f"{name}, {what}"] = partial(fresh, partial(filtered_step, losses[name], other, batch))
+            steps[f"{name}, {what}"] = partial(fresh, partial(filtered_step, losses[name], other, filtered, batch))
     for name, found in interleaved(steps, rounds, device).items():
         per_second = batch.labels.numel() / found["seconds"]
         result.setdefault(name, {}).update(step=found, tokens_per_second=round(per_second, 1))

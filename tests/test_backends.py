@@ -23,9 +23,11 @@ LABELS[:, 0] = IGNORE_INDEX
 REF_LOSS = torch.rand(3, 7, generator=DRAW) * 4
 
 
-def found(backend: Any, selector: Selector, labels: Tensor = LABELS, **kwargs: Any) -> list[Tensor]:
+def found(
+    backend: Any, selector: Selector, labels: Tensor = LABELS, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> list[Tensor]:
     """Sum, losses, mask, and both gradients."""
-    hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+    hidden, weight = (tensor.to(dtype).clone().requires_grad_() for tensor in (HIDDEN, WEIGHT))
 
     def choose(part: slice, loss: Tensor, seen: Tensor, _: bool) -> Tensor:
         return selector.select([excess_loss(loss, REF_LOSS[part])], seen)
@@ -57,6 +59,12 @@ def test_only_the_selected_rows_reach_the_library(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(backends, "torch_sum", watched)
     found("torch", Selector("excess", 0.5))
     assert passed == [9]  # three of six in each of three sequences
+
+
+def test_the_sum_is_that_of_the_token_losses_in_low_precision_too() -> None:
+    total, loss, chosen, grad, _ = found("torch", Selector("excess", 0.5), dtype=torch.bfloat16)
+    assert grad.dtype == torch.bfloat16
+    torch.testing.assert_close(total, loss[chosen].sum())
 
 
 def test_nothing_to_train_on_gives_zero_gradients() -> None:

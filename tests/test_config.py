@@ -213,6 +213,10 @@ def test_an_online_reference_is_a_model_that_is_here_and_the_only_one_of_its_arm
     two = {"first": {"corpus": "curated"}, "second": {"corpus": "curated", "online": True}}
     with pytest.raises(ConfigError, match="must be its only reference"):
         load({"reference": None, "references": two})
+    with pytest.raises(ConfigError, match="dataset needs stored scores"):
+        load({"reference.online": True, "train.arms.slm.scope": "dataset", "train.arms.slm.score": "ref_loss"})
+    with pytest.raises(ConfigError, match="only rho's own knows"):
+        load({"train.arms.slm.backend": "torch", "train.arms.slm.retention": 0.1})
 
 
 def test_an_override_changes_one_of_two_sections_that_yaml_made_the_same(tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MambaConfig, Qwen3Config
 
 from rho.errors import ConfigError
 from rho.filtered import MAKES_KEYS_OR_VALUES, FilteredBackward
@@ -29,14 +30,15 @@ def model(kind: str = "llama", **settings: Any) -> Any:
     return made.double().train()
 
 
-def loss(network: Any, weight_BT: Tensor = KEPT) -> Tensor:
-    hidden = network.base_model(input_ids=IDS, use_cache=False).last_hidden_state
+def loss(network: Any, weight_BT: Tensor = KEPT, filtered: Any = None) -> Tensor:
+    with filtered or nullcontext():
+        hidden = network.base_model(input_ids=IDS, use_cache=False).last_hidden_state
     return (hidden.pow(3).sum(-1) * weight_BT).sum()
 
 
-def gradients(network: Any, weight_BT: Tensor = KEPT) -> dict[str, Tensor]:
+def gradients(network: Any, weight_BT: Tensor = KEPT, filtered: Any = None) -> dict[str, Tensor]:
     network.zero_grad()
-    loss(network, weight_BT).backward()
+    loss(network, weight_BT, filtered).backward()
     return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
 
@@ -49,8 +51,8 @@ def differing(found: dict[str, Tensor], exact: dict[str, Tensor]) -> set[str]:
 def test_in_the_last_block_nothing_is_lost(kind: str) -> None:
     network = model(kind)
     exact = gradients(network)
-    FilteredBackward(network, exact=True)
-    assert differing(gradients(network), exact) == set()
+    filtered = FilteredBackward(network, exact=True)
+    assert differing(gradients(network, KEPT, filtered), exact) == set()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,11 +71,11 @@ def test_a_token_without_a_gradient_changes_no_weight_but_those_of_keys_and_valu
 
         return hook
 
-    FilteredBackward(network)
+    filtered = FilteredBackward(network)
     for name, layer in network.named_modules():
         if type(layer) is nn.Linear and "layers" in name:
             layer.register_forward_hook(watch(name))
-    found = gradients(network)
+    found = gradients(network, KEPT, filtered)
     kept = KEPT.flatten() != 0
     assert len(products) >= 3 * 4
     for name, rows in products.items():
@@ -86,38 +88,46 @@ def test_a_token_without_a_gradient_changes_no_weight_but_those_of_keys_and_valu
 def test_only_blocks_below_the_last_lose_something() -> None:
     network = model()
     exact = gradients(network)
-    FilteredBackward(network)
-    lost = differing(gradients(network), exact)
+    lost = differing(gradients(network, KEPT, FilteredBackward(network)), exact)
     assert lost and not [name for name in lost if ".layers.2." in name and "norm" not in name]
 
 
 def test_with_a_gradient_for_every_token_nothing_is_filtered() -> None:
     network = model()
     exact = gradients(network, KEPT + 0.1)
-    FilteredBackward(network)
-    assert differing(gradients(network, KEPT + 0.1), exact) == set()
+    assert differing(gradients(network, KEPT + 0.1, FilteredBackward(network)), exact) == set()
 
 
-def test_only_training_is_filtered() -> None:
-    network = model().eval()
+def test_only_what_is_passed_inside_the_context_is_filtered() -> None:
+    network = model()
     exact = gradients(network)
-    FilteredBackward(network)
+    filtered = FilteredBackward(network)
     assert differing(gradients(network), exact) == set()
+    assert differing(gradients(network, KEPT, filtered), exact)
+    assert differing(gradients(network), exact) == set()
+    assert network.model(IDS, return_dict=False)[0].shape == (2, 6, 8)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # its name until 5.20
-def test_it_holds_with_gradient_checkpointing_autocast_and_biases() -> None:
+def test_it_holds_with_gradient_checkpointing_and_biases() -> None:
     plain, checkpointed = model(attention_bias=True, mlp_bias=True), model(attention_bias=True, mlp_bias=True)
-    for network in (plain, checkpointed):
-        FilteredBackward(network)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
-    assert differing(gradients(checkpointed), gradients(plain)) == set()
-    single = model().float()
-    FilteredBackward(single)
+    one, other = (gradients(network, KEPT, FilteredBackward(network)) for network in (plain, checkpointed))
+    assert differing(one, other) == set()
+    assert differing(one, gradients(plain))
+
+
+def test_under_autocast_the_products_are_those_of_low_precision() -> None:
+    network, patched = model().float(), model().float()
+    filtered = FilteredBackward(patched)
+    everything = (KEPT + 0.1).float()
     with torch.autocast("cpu", torch.bfloat16):
-        total = loss(single)
-    total.backward()
-    assert {p.grad.dtype for p in single.model.layers.parameters()} == {torch.float32}
+        losses = loss(network, everything), loss(patched, everything, filtered)
+    for one in losses:
+        one.backward()
+    assert losses[0] == losses[1]  # in float32 they would differ
+    for (name, p), q in zip(network.model.named_parameters(), patched.model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=3e-2, atol=3e-2 * float(q.grad.abs().max()) + 1e-9, msg=name)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
@@ -126,9 +136,11 @@ def test_adapters_are_filtered_too() -> None:
         return with_lora(model().float(), {"target_modules": "all-linear", "init_lora_weights": False}).double().train()
 
     exact, filtered = adapted(), adapted()
-    FilteredBackward(filtered)
+    context = FilteredBackward(filtered)
     whole = {n: p for n, p in gradients(exact.get_base_model()).items() if "lora" in n}
-    lost = differing({n: p for n, p in gradients(filtered.get_base_model()).items() if "lora" in n}, whole)
+    lost = differing(
+        {n: p for n, p in gradients(filtered.get_base_model(), KEPT, context).items() if "lora" in n}, whole
+    )
     assert lost and not [name for name in lost if ".layers.2." in name and "norm" not in name]
 
 
@@ -137,10 +149,10 @@ def test_compare_tells_how_near_it_comes_and_leaves_the_backward_possible() -> N
     exact, other = gradients(network), gradients(model(), KEPT)
     assert differing(exact, other) == set()
     filtered_backward = FilteredBackward(network)
-    filtered = gradients(network)
+    filtered = gradients(network, KEPT, filtered_backward)
     blocks = [name for name in exact if ".layers." in name]
     a, b = (torch.cat([grads[name].flatten() for name in blocks]) for grads in (filtered, exact))
-    total = loss(network)
+    total = loss(network, KEPT, filtered_backward)
     found = filtered_backward.compare(total)
     assert found["cosine"] == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), rel=1e-9)
     assert found["norm_ratio"] == pytest.approx(float(a.norm() / b.norm()), rel=1e-9)
@@ -150,7 +162,28 @@ def test_compare_tells_how_near_it_comes_and_leaves_the_backward_possible() -> N
     assert differing({n: p.grad for n, p in network.named_parameters() if p.grad is not None}, filtered) == set()
 
 
-def test_a_model_without_linear_layers_is_refused() -> None:
-    config = GPT2Config(vocab_size=13, n_embd=8, n_layer=1, n_head=2, n_positions=16)
-    with pytest.raises(ConfigError, match="GPT2LMHeadModel hold no"):
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=13, n_embd=8, n_layer=1, n_head=2, n_positions=16),  # its layers are no nn.Linear
+        MambaConfig(vocab_size=13, hidden_size=8, num_hidden_layers=1),  # its tokens meet in a state
+    ],
+    ids=["gpt2", "mamba"],
+)
+def test_a_model_whose_backward_can_not_be_filtered_is_refused(config: Any) -> None:
+    with pytest.raises(ConfigError, match="found others in"):
         FilteredBackward(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("self_attn.k_proj", True), ("self_attn.v_proj.lora_A.default", True), ("attn.c_attn", True), ("attn.Wv", True),
+        ("attention.query_key_value", True), ("self_attn.qkv_proj", True), ("self_attn.kv_a_proj_with_mqa", True),
+        ("self_attn.kv_b_proj", True), ("attn.attention.value", True), ("attn.Wqkv", True),
+        ("self_attn.q_proj", False), ("self_attn.o_proj", False), ("mlp.gate_proj", False), ("mlp.down_proj", False),
+        ("mlp.dense_4h_to_h", False), ("attention.dense", False), ("mlp.c_fc", False),
+    ],
+)  # fmt: skip
+def test_what_makes_keys_or_values_is_known_by_its_name(name: str, found: bool) -> None:
+    assert bool(MAKES_KEYS_OR_VALUES.search(name)) is found

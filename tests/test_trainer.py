@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers import trainer as trainer_module
 
-from rho import linear_loss
+from rho import backends, linear_loss
 from rho.corpus import Corpus
 from rho.data import RowOrder, TrainingBlocks, collate
 from rho.durable import HOOKS, DurableTrainer
@@ -852,8 +852,10 @@ def weights_after(config: TrainConfig, corpus: Path, model: ModelConfig, out: Pa
 
 @pytest.mark.parametrize("scope", ["sequence", "step"])
 def test_another_librarys_loss_trains_the_same_model(
-    scope: Any, tmp_path: Path, corpus: Path, model_config: ModelConfig, scores: Path
+    scope: Any, tmp_path: Path, corpus: Path, model_config: ModelConfig, scores: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    calls, torch_sum = [], backends.torch_sum
+    monkeypatch.setattr(backends, "torch_sum", lambda *rows: calls.append(1) or torch_sum(*rows))
     arguments = {**ARGUMENTS, "gradient_accumulation_steps": 2}
     runs = [
         weights_after(
@@ -862,6 +864,7 @@ def test_another_librarys_loss_trains_the_same_model(
         )
         for backend in ("rho", "torch")
     ]  # fmt: skip
+    assert len(calls) == 2 * ARGUMENTS["max_steps"]  # type: ignore[operator]
     for name, weight in runs[0].items():
         torch.testing.assert_close(weight, runs[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
@@ -881,11 +884,19 @@ def test_the_filtered_backward_trains_another_model_and_logs_how_near_its_gradie
     assert later == [None] * 3  # until COMPARE_EVERY steps have passed
 
 
-def test_a_compiled_backbone_and_a_filtered_backward_exclude_each_other(
-    tmp_path: Path, corpus: Path, model_config: ModelConfig, scores: Path
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({}, {"torch_compile": True}, "not with torch_compile"),
+        ({"backend": "torch"}, {}, "not with backend torch"),
+        ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
+    ],
+)
+def test_what_a_filtered_backward_would_be_wrong_with_is_refused(
+    settings: dict, arguments: dict, message: str, tmp_path: Path, corpus: Path, model_config: ModelConfig, scores: Path
 ) -> None:
-    config = TrainConfig(ratio=0.5, filtered_backward=True, arguments={**ARGUMENTS, "torch_compile": True})
-    with pytest.raises(ConfigError, match="not with torch_compile"):
+    config = TrainConfig(ratio=0.5, filtered_backward=True, arguments={**ARGUMENTS, **arguments}, **settings)
+    with pytest.raises(ConfigError, match=message):
         train(config, Corpus(corpus), model_config, tmp_path / "out", ScoreStore(scores))
 
 

@@ -101,4 +101,6 @@ def _two_passes(
     if not len(kept_K):
         return (hidden_BTD.sum() + head.weight_VD.sum()) * 0.0, loss_BT, chosen_BT
     rows_KD, labels_K = flat_ND[kept_K].to(dtype), labels_BT.flatten()[kept_K]
-    return sum_loss(rows_KD, head.weight_VD.to(dtype), labels_K).to(loss_BT.dtype), loss_BT, chosen_BT
+    found = sum_loss(rows_KD, head.weight_VD.to(dtype), labels_K).to(loss_BT.dtype)
+    # Its gradient, and our sum: a library's may come in the precision of the rows.
+    return loss_BT[chosen_BT].sum() + (found - found.detach()), loss_BT, chosen_BT

@@ -189,8 +189,13 @@ class RunConfig(_Section):
                 raise ValueError(f"train.arms.{arm}: such a name is that of a reference in the report")
             names, weights = self.references_of(arm), self.train.arms[arm].references.weights
             _check_known(f"train.arms.{arm}.references.names", "reference", names, self.references)
-            if len(names) > 1 and any(self.references[name].online for name in names):
-                raise ValueError(f"train.arms.{arm}: one that is online must be its only reference (references.names)")
+            if any(self.references[name].online for name in names):
+                if len(names) > 1:
+                    raise ValueError(
+                        f"train.arms.{arm}: one that is online must be its only reference (references.names)"
+                    )
+                if self.train.arms[arm].scope == "dataset":
+                    raise ValueError(f"train.arms.{arm}.scope: dataset needs stored scores, '{names[0]}' is online")
             if weights is not None and set(weights) != set(names):
                 raise ValueError(f"train.arms.{arm}.references.weights: name each of {', '.join(names)} once")
         for number, (name, reference) in enumerate(references):

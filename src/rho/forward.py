@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from rho.objective import IGNORE_INDEX, predictors
 from rho.selection import Selector
 
 CLM = Selector(ratio=1.0)
+NO_FILTER = nullcontext()
 
 
 def selective_forward(
-    selector: Selector, linear_loss: LinearLoss = selective_linear_loss
+    selector: Selector,
+    linear_loss: LinearLoss = selective_linear_loss,
+    filtered: AbstractContextManager[None] = NO_FILTER,
 ) -> Callable[..., dict[str, Tensor]]:
     """A `forward` for a causal language model that returns the numerator of Eq. 4 instead of logits.
 
@@ -29,7 +33,8 @@ def selective_forward(
     (where it is decided already) are BT; `block` (row numbers) is B. `threshold` is that of scope running;
     `rest_weight` what each eligible token that is not selected weighs (retention). In eval mode every label counts.
 
-    `linear_loss` makes the loss from hidden states (`rho.backends`). By name are returned: `loss`, the sum over the
+    `linear_loss` makes the loss from hidden states (`rho.backends`), `filtered` is what the backbone is passed in
+    (`rho.filtered`). By name are returned: `loss`, the sum over the
     selected tokens (nats, to be divided by their number in the whole optimizer step); `token_loss` BT without gradient;
     masks `eligible` and `selected` BT; for scope running `score` BT.
     """
@@ -50,7 +55,8 @@ def selective_forward(
     ) -> dict[str, Tensor]:
         active = selector.at(step) if model.training else CLM
         columns = {n: v for n, v in (("ref_loss", ref_loss), ("ref_entropy", ref_entropy)) if v is not None}
-        hidden_BTD = predictors(hidden_states(model, input_ids, position_ids))
+        with filtered:
+            hidden_BTD = predictors(hidden_states(model, input_ids, position_ids))
         eligible = active.eligible(labels, columns)
 
         def scores(loss: Tensor | None, part: slice = slice(None)) -> list[Tensor]:

@@ -13,13 +13,14 @@ from rho.errors import ConfigError
 from rho.evaluate import EvaluateConfig, Exploration, checkpoints_of, evaluate, finished
 from rho.models import ModelConfig, make_model
 from rho.progress import say
+from rho.references.model import load_reference, mean_loss
 from rho.report import write_report
 from rho.report.data import CONFIG, reference_folder
 from rho.runs import MANIFEST, Manifest, hash_file, is_made_from
 from rho.score import ScoreConfig, Source, score_corpus
 from rho.store import ScoreStore
 from rho.tokenizer import Tokenizer, train_tokenizer
-from rho.train import TrainConfig, check_reference, train
+from rho.train import TrainConfig, check_reference, compare_reference, train
 
 DEMO = Path(str(files("rho") / "recipes" / "demo.yaml"))
 
@@ -142,8 +143,12 @@ class _Pipeline:
         names = {n for arm in config.arms for n in config.arm(arm, seed).judged(self.config.references_of(arm))}
         target = self.target()
         model = make_model(self.config.model, target.vocab_size, seed)
-        for name in sorted(name for name in names if not self.config.references[name].online):
-            check_reference(model, ScoreStore(self.scores_folder(name)), target, config.allow_weak_reference)
+        for name in sorted(names):
+            if self.config.references[name].online:
+                loss = mean_loss(load_reference(self.reference_model(name), target), target).nats_per_token
+                compare_reference(model, loss, target, config.allow_weak_reference)
+            else:
+                check_reference(model, ScoreStore(self.scores_folder(name)), target, config.allow_weak_reference)
 
     def train_folder(self, arm: str, seed: int) -> Path:
         return self.folder / "train" / f"{arm}-seed{seed}"

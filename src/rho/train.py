@@ -169,6 +169,8 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _selection_is_possible(self) -> TrainConfig:
         _ = self.selector  # raises a ValueError that names the setting
+        if self.backend != "rho" and (self.retention or self.weighting != "mask"):
+            raise ValueError(f"backend {self.backend}: only rho's own knows soft weights and retention")
         return self
 
     @property
@@ -258,10 +260,10 @@ def _online(
     config: TrainConfig, scores: ScoreStore | Mapping[str, ScoreStore] | None, reference: ModelConfig | None
 ) -> ModelConfig | None:
     """The reference that scores batches as they come, where the selection needs one."""
-    if reference is not None and (scores or config.scope == "dataset"):
+    if reference is not None and (scores or config.scope == "dataset" or config.references.combine == "weights"):
         raise ConfigError(
-            "reference: scores batches as they come, so it goes neither with --scores nor with scope dataset, which "
-            "ranks the whole corpus before the first. Give scores alone, or take another scope."
+            "reference: scores batches as they come, and is the only one, so it goes neither with --scores nor with "
+            "weights of several, nor with scope dataset, which ranks the whole corpus at once. Leave these out."
         )
     return reference if config.selector.columns else None
 

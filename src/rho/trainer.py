@@ -22,7 +22,7 @@ from rho.distributed import all_gather, rank
 from rho.durable import DurableTrainer
 from rho.errors import ConfigError, DataError, MismatchError, RhoError
 from rho.filtered import FilteredBackward
-from rho.forward import selective_forward
+from rho.forward import NO_FILTER, selective_forward
 from rho.models import check_head, plain
 from rho.objective import num_to_select
 from rho.progress import say
@@ -82,8 +82,8 @@ class SelectiveTrainer(DurableTrainer):
             raise ConfigError(
                 "scope dataset needs the cut of the whole corpus: pass cut=TrainingBlocks(...).cut(selector)"
             )
-        if filtered_backward and args.torch_compile:
-            raise ConfigError("filtered_backward: not with torch_compile, which makes its own backward. Choose one.")
+        if filtered_backward:
+            _check_filtered(args, backend)
         args.remove_unused_columns = False
         compiled, args.torch_compile_backend = args.torch_compile_backend, "no"  # done below
         args.logging_first_step = True  # a reference equal to the model shows before the first update only
@@ -92,7 +92,8 @@ class SelectiveTrainer(DurableTrainer):
             plain(model).base_model.compile(backend=compiled, mode=args.torch_compile_mode)
         self.filtered = FilteredBackward(model) if filtered_backward else None
         self._compared: dict[str, float] | None = None  # filtered gradient and exact one, until logged
-        model.forward = MethodType(_either(selective_forward(selector, linear_loss(backend)), model.forward), model)
+        ours = selective_forward(selector, linear_loss(backend), self.filtered or NO_FILTER)
+        model.forward = MethodType(_either(ours, model.forward), model)
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, train_dataset=Padded(train_dataset), **kwargs)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # compute_loss divides for the whole step
@@ -385,6 +386,18 @@ class _Housekeeping(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.order.set_epoch(int(state.epoch))
+
+
+def _check_filtered(args: TrainingArguments, backend: Backend) -> None:
+    """Refuse what would make a filtered backward, or its comparison with the exact one, wrong."""
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    for wrong, what in (
+        (args.torch_compile, "torch_compile, which makes its own backward"),
+        (reentrant, "reentrant gradient checkpointing (use_reentrant: true)"),
+        (backend != "rho", f"backend {backend}, whose loss can be passed backward only once"),
+    ):
+        if wrong:
+            raise ConfigError(f"filtered_backward: not with {what}. Choose one.")
 
 
 def _either(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
