@@ -33,10 +33,9 @@ def selective_forward(
     (where it is decided already) are BT; `block` (row numbers) is B. `threshold` is that of scope running;
     `rest_weight` what each eligible token that is not selected weighs (retention). In eval mode every label counts.
 
-    `linear_loss` makes the loss from hidden states (`rho.backends`), `filtered` is what the backbone is passed in
-    (`rho.filtered`). By name are returned: `loss`, the sum over the
-    selected tokens (nats, to be divided by their number in the whole optimizer step); `token_loss` BT without gradient;
-    masks `eligible` and `selected` BT; for scope running `score` BT.
+    `linear_loss` makes the loss (`rho.backends`); the backbone is passed inside `filtered` (`rho.filtered`). By name
+    are returned: `loss`, the sum over the selected tokens (nats, to be divided by their number in the optimizer step);
+    `token_loss` BT without gradient; masks `eligible` and `selected` BT; for scope running `score` BT.
     """
 
     def forward(
