@@ -38,6 +38,9 @@ def prepare(mutation: Mutation, folder: Path) -> list[str]:
     return ["-x", quiet, "-p", "no:cacheprovider", f"--basetemp={folder / 'tests'}", *alone, str(TESTS / mutation.test)]
 
 
+pytestmark = pytest.mark.timeout(1200)  # all faults are tried at once, before the first test
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What pytest said with each of the faults."""
@@ -45,7 +48,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     jobs = [(str(folders[m.name]), prepare(m, folders[m.name])) for m in MUTATIONS]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run([sys.executable, __file__, json.dumps(jobs)], cwd=TESTS.parent, env=env, check=True, timeout=280)
+    subprocess.run([sys.executable, __file__, json.dumps(jobs)], cwd=TESTS.parent, env=env, check=True, timeout=1100)
     return {name: (folder / "output").read_text(encoding="utf-8") for name, folder in folders.items()}
 
 

@@ -71,7 +71,7 @@ def test_a_run_has_every_stage_and_ends_in_a_report(finished):
         assert read_manifest(finished / stage).status == "complete"
     page = (finished / "report" / "index.html").read_text()
     assert all(arm in page for arm in ARMS)
-    assert 'id="dynamics"' in page and "slm, seed 1: what each checkpoint would select" in page
+    assert 'id="dynamics"' in page and "slm, seed 0: what each checkpoint would select" in page
     assert json.loads((finished / "report" / "summary.json").read_text())
     assert load_config(finished / "config.yaml").name == "toy"
 
@@ -103,7 +103,7 @@ def test_a_second_run_says_that_all_is_fresh_and_changes_no_file(finished, confi
 
 def test_an_online_reference_needs_no_store(finished, config_file):
     folder = config_file.parent / "online"
-    arms = ["train.arms={slm: {ratio: 0.6}}", "train.seeds=[0]"]
+    arms = ["train.arms={clm: {}, slm: {ratio: 0.6}}", "train.seeds=[0]"]
     pipeline.run(load_config(config_file, ["reference.online=true", *arms]), folder)
     assert not (folder / "scores").exists()
     inputs = read_manifest(folder / "train" / "slm-seed0").inputs
