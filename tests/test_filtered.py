@@ -92,6 +92,28 @@ def test_only_blocks_below_the_last_lose_something() -> None:
     assert lost and not [name for name in lost if ".layers.2." in name and "norm" not in name]
 
 
+class Expert(nn.Module):
+    """An MLP that gives its layer every other token only, as a router would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner = nn.Linear(8, 8, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[:, ::2] = self.inner(x[:, ::2])
+        return out
+
+
+def test_a_layer_that_is_given_other_rows_than_the_stream_has_is_left_as_it_is() -> None:
+    network = model()
+    network.model.layers[-1].mlp = Expert()
+    exact = gradients(network)
+    lost = differing(gradients(network, KEPT, FilteredBackward(network)), exact)
+    assert lost and not [name for name in lost if ".layers.2.mlp" in name]
+
+
 def test_with_a_gradient_for_every_token_nothing_is_filtered() -> None:
     network = model()
     exact = gradients(network, KEPT + 0.1)

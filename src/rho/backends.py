@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +23,8 @@ from rho.objective import IGNORE_INDEX
 
 Backend = Literal["rho", "torch", "liger", "cce"]
 SumLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden_KD, weight_VD, labels_K) -> sum of losses, nats
+LinearLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]  # takes and returns what `selective_linear_loss` does
 MODULES = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}
-
-
-class LinearLoss(Protocol):
-    """What `selective_linear_loss` is."""
-
-    def __call__(
-        self,
-        hidden_BTD: Tensor,
-        head: Head,
-        labels_BT: Tensor,
-        choose: Choose,
-        ranked: Literal["sequence", "batch"] = "sequence",
-        rest_weight: Tensor | float = 0.0,
-        chunk: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def linear_loss(backend: Backend) -> LinearLoss:
@@ -58,7 +44,7 @@ def linear_loss(backend: Backend) -> LinearLoss:
 
 def torch_sum(hidden_KD: Tensor, weight_VD: Tensor, labels_K: Tensor) -> Tensor:
     """torch's chunked loss with our number of rows: its own choice is slow at small widths and large vocabularies."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=default_chunk(hidden_KD), allow_retain_graph=True)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=default_chunk(hidden_KD))
     return F.linear_cross_entropy(hidden_KD, weight_VD, labels_K, reduction="sum", options=options)
 
 
