@@ -15,9 +15,10 @@ from rho.corpus import Corpus
 from rho.dynamics import DynamicsConfig, checkpoints_in, follow, read_accuracies, selection_of
 from rho.errors import ConfigError, DataError, MismatchError
 from rho.evaluate import Checkpoint, Exploration, checkpoints_of
-from rho.models import ModelConfig, make_model
+from rho.models import ModelConfig, make_model, source_hash
 from rho.references.model import mean_loss, score_batch
 from rho.references.scorer import as_batch
+from rho.runs import open_stage
 from rho.score import Source
 from rho.selection import Selector
 from rho.store import ScoreStore
@@ -237,10 +238,31 @@ def test_what_cannot_be_followed_is_refused(
 
 def test_accuracies_are_steps_and_shares(tmp_path: Path) -> None:
     (tmp_path / "good.json").write_text('{"2": 0.5, "4": 1}')
-    assert read_accuracies(tmp_path / "good.json") == {2: 0.5, 4: 1.0}
+    assert read_accuracies(tmp_path / "good.json", []) == {2: 0.5, 4: 1.0}
     for wrong in ("[1]", "{", '{"a": 1}', '{"1": null}'):
         (tmp_path / "wrong.json").write_text(wrong)
         with pytest.raises(DataError, match="expected JSON such as"):
-            read_accuracies(tmp_path / "wrong.json")
+            read_accuracies(tmp_path / "wrong.json", [])
     with pytest.raises(DataError, match="No such file"):
-        read_accuracies(tmp_path / "missing.json")
+        read_accuracies(tmp_path / "missing.json", [])
+
+
+def suite(folder: Path, model: str, values: dict[str, float], questions: int = 5) -> None:
+    """A folder as `rho evaluate --suite` leaves it, of the model with these weights."""
+    with open_stage(folder, "suite", {}, {"model": model}) as stage:
+        stage.finish(rows=[{"name": name, "questions": questions, "value": value} for name, value in values.items()])
+
+
+def test_evaluated_suites_belong_to_the_checkpoints_with_their_weights(arm: Path, tmp_path: Path) -> None:
+    first, second, *_ = models = checkpoints_of(arm, "slm")
+    suite(tmp_path / "x", str(second.content), {"svamp": 0.5, "asdiv": 0.25})
+    suite(tmp_path / "y", source_hash(ModelConfig(path=first.model)), {"svamp": 0.25, "asdiv": 0.0})
+    suite(tmp_path / "z", "another model", {"gsm8k": 1.0})
+    assert read_accuracies(tmp_path, models) == {1: 0.125, 2: 0.375}
+    with pytest.raises(DataError, match="of these checkpoints, found none"):
+        read_accuracies(tmp_path, models[2:])
+    suite(tmp_path / "a", str(models[2].content), {"svamp": 0.25, "asdiv": 0.0}, questions=6)
+    with pytest.raises(
+        DataError, match=r"the same tasks of every checkpoint, found others in .*a than in .*x"
+    ):
+        read_accuracies(tmp_path, models)

@@ -118,3 +118,13 @@ def test_scaled_and_capped_logits_are_known_or_refused(architecture: dict, kind:
     torch.testing.assert_close(entropy, token_entropy(logits, labels), equal_nan=True)
     plain = head(model)._replace(scale=1.0, cap=None).logits(hidden_states(model, ids, positions))
     assert not torch.allclose(plain, logits, rtol=0.1)
+
+
+def test_a_name_may_hold_its_revision_and_a_folder_an_at_sign(architecture: dict, tmp_path: Path) -> None:
+    at = ModelConfig(path="someone/model@step1000")
+    assert (at.path, at.revision) == ("someone/model", "step1000")
+    assert source_hash(at) != source_hash(ModelConfig(path="someone/model@step2000"))
+    folder = tmp_path / "me@home"
+    make_model(ModelConfig(architecture=architecture), 32).save_pretrained(folder)
+    assert ModelConfig(path=str(folder)).revision is None
+    assert make_model(ModelConfig(path=str(folder)), 32).config.vocab_size == 32

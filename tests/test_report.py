@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import pytest
 
 from rho.errors import DataError
 from rho.report import write_report
-from rho.report.data import Evaluation
+from rho.report.data import Evaluation, Run, Step, read_run
 from rho.report.explorer import rows_of_run
-from rho.report.page import headline
-from rho.report.summary import tokens_to_loss
+from rho.report.page import headline, render
+from rho.report.plots import target_loss
+from rho.report.summary import summarise, tokens_to_loss, training_clock
 from rho.report.tokens import colour_bin, colour_limit, colours, visible
 from rho.runs import open_stage
 
@@ -201,6 +203,10 @@ def test_the_summary_holds_the_literal_numbers(run: Path) -> None:
     }
     assert slm["goal"] == 3.0
     assert slm["tokens_to_target"] == {
+        "seconds": None,
+        "ratio_seconds": None,
+        "seconds_with_reference": None,
+        "ratio_seconds_with_reference": None,
         "tokens_seen": 300.0,
         "tokens_selected": 150.0,
         "ratio_seen": 0.5,
@@ -210,6 +216,96 @@ def test_the_summary_holds_the_literal_numbers(run: Path) -> None:
     assert (slm["mean_ratio"], slm["tokens_per_second"]) == (0.5, 200.0)
     assert slm["label_share"] == {"code": 0.375, "docstring": 1.0}
     assert summary["arms"]["clm"]["0"]["tokens_to_target"]["ratio_seen"] == 1.0
+
+
+def timed(run: Path, config: str, columns: list[str]) -> Run:
+    """The run with a config and step logs that tell the time: clm 60 s, slm 120 s for 600 tokens, a reference 50 s."""
+    (run / "config.yaml").write_text(config)
+    clock = {"clm": 10.0, "slm": 5.0, "reference": 4.0}
+    for name, speed in clock.items():
+        folder = run / (name if name == "reference" else f"train/{name}-seed0")
+        shutil.rmtree(folder, ignore_errors=True)
+        seen = (100, 200) if name == "reference" else (200, 600)
+        steps = [logged(k, 5, tokens_seen=n, tokens_per_second=speed) for k, n in zip((2, 6), seen, strict=True)]
+        put(folder, "steps.jsonl", steps, columns=columns if name == "slm" else [])
+    put(run / "scores/reference", "none.jsonl", [])
+    for arm, losses in (("clm", (5.0, 4.0, 3.0)), ("slm", (4.0, 2.0, 1.0))):
+        rows = [evaluation(arm, 0, step, loss) for step, loss in zip((2, 4, 6), losses, strict=True)]
+        put(run / f"evaluate/{arm}-seed0", "losses.jsonl", rows, target="target")
+    found = read_run(run)
+    scored = replace(found.stages["scores/reference"], environment={"seconds": 40.0})
+    return replace(found, stages={**found.stages, "scores/reference": scored})
+
+
+ARMS = "name: demo\nreference: {corpus: c}\ntrain: {arms: {clm: {}, slm: {}}}\n"
+
+
+def test_the_seconds_to_target_are_those_of_training_and_with_the_reference_of_what_comes_before(run: Path) -> None:
+    summary = summarise(timed(run, ARMS, ["ref_loss"]))
+    slm = summary["arms"]["slm"]["0"]["tokens_to_target"]  # after 300 tokens: clm's goal needs 600 in 60 s
+    assert (slm["seconds"], slm["ratio_seconds"]) == (60.0, 1.0)
+    assert (slm["seconds_with_reference"], slm["ratio_seconds_with_reference"]) == (150.0, 2.5)  # 50 and 40 s more
+    assert summary["before"] == {"clm": {}, "slm": {"reference": 50.0, "scores/reference": 40.0}}
+    assert "reference 50, scores/reference 40" in render(timed(run, ARMS, ["ref_loss"]), summary)
+
+
+def test_an_arm_that_reads_no_scores_waits_for_none(run: Path) -> None:
+    slm = summarise(timed(run, ARMS, []))["arms"]["slm"]["0"]["tokens_to_target"]
+    assert slm["seconds_with_reference"] == slm["seconds"] == 60.0
+
+
+def test_a_reference_that_goes_on_from_an_arm_costs_that_arm_too(run: Path) -> None:
+    config = "train: {arms: {clm: {}, slm: {references: {names: [b]}}}}\nreferences: {b: {after: clm}, a: {}}\n"
+    found = timed(run, config, ["ref_loss"])
+    assert found.before == {"clm": [], "slm": ["train/clm-seed0"]}  # b was made elsewhere, a is not its
+    assert summarise(found)["arms"]["slm"]["0"]["tokens_to_target"]["seconds_with_reference"] == 120.0
+
+
+def test_no_time_is_told_beyond_the_log_or_where_a_speed_is_missing() -> None:
+    def at(seen: int, speed: float) -> Step:
+        return Step(1, seen, 1, 1, 0.0, 0.0, 0.0, {}, {}, speed, {})
+
+    assert training_clock([at(100, 10.0), at(300, 20.0)]) == [(100, 10.0), (300, 20.0)]
+    assert training_clock([at(100, 10.0), at(300, math.nan)]) == training_clock([]) == []
+
+
+def test_the_losses_of_sources_and_labels_are_those_of_the_last_checkpoint(run: Path) -> None:
+    def line(step: int, by: str, name: str | None, tokens: int, loss: float) -> dict[str, Any]:
+        return {**evaluation("slm", 0, step, loss), "by": by, "domain": name, "tokens": tokens}
+
+    lines = [line(6, "source", "b", 10, 1.5), line(6, "source", "a", 30, 1.0), line(2, "source", "a", 30, 9.0)]
+    lines += [line(6, "label", None, 40, 1.25)]
+    shutil.rmtree(run / "evaluate")
+    with open_stage(run / "evaluate", "stage", {}, {}) as stage:
+        for name, rows in (("losses.jsonl", [evaluation("slm", 0, 6, 1.125)]), ("domains.jsonl", lines)):
+            (run / "evaluate" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            stage.add_output(name)
+        stage.finish(target="target")
+    page, summary = report(run)
+    assert summary["domains"]["target"] == {
+        "source": {"b": {"tokens": 10, "losses": {"slm": [1.5]}}, "a": {"tokens": 30, "losses": {"slm": [1.0]}}},
+        "label": {"": {"tokens": 40, "losses": {"slm": [1.25]}}},
+    }
+    rows = re.findall(r"<tr><td>target</td>(.*?)</tr>", page.partition('id="domains"')[2].partition("</section>")[0])
+    cells = [re.findall(r"<td.*?>(.*?)</td>", one) for one in rows]
+    assert cells == [["source", "a", "30", "1.000", "–"], ["source", "b", "10", "1.500", "–"]]  # one label is no split
+
+
+def test_every_plot_over_steps_has_its_numbers_below_it(run: Path) -> None:
+    page, _ = report(run)
+    tables = page.partition('id="selection"')[2].partition('id="tokens"')[0]
+    assert tables.count("<figure>") == tables.count("The numbers") == 4  # ratio; losses, excess and labels of slm
+    rows = [re.findall(r"<td.*?>(.*?)</td>", one) for one in re.findall("<tr>(.*?)</tr>", tables)]
+    assert ["2", "1.000", "0.500"] in rows  # realised ratio of clm and slm
+    assert ["3", "0.500", "-1.000", "0.000", "1.000", "2.000"] in rows  # excess: median, then the borders of the bands
+
+
+def test_the_bands_of_a_plot_are_the_lowest_and_the_highest_seed() -> None:
+    seeds = [[Evaluation("slm", n, k, k, k, "t", loss + n, 1.0) for k, loss in ((1, 4.0), (2, 3.0))] for n in (0, 1, 4)]
+    found = target_loss({"slm": seeds}, None, None).numbers
+    assert found.names == ["slm", "slm, lowest", "slm, highest"]
+    assert found.rows == [(1, [5 + 2 / 3, 4.0, 8.0]), (2, [4 + 2 / 3, 3.0, 7.0])]
+    assert target_loss({"slm": seeds[:1]}, None, None).numbers.names == ["slm"]
 
 
 def test_the_headline_tells_success_and_failure(run: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rho.dynamics_summary import Selected, Texts, places, summarise
@@ -16,9 +19,10 @@ from rho.errors import DataError
 from rho.evaluate import Checkpoint
 from rho.report import write_report
 from rho.report.dynamics import arrow, figures, label_plot, moments, perplexity
+from rho.report.explorer import rows_of_run
 from rho.runs import open_stage, write_json
 from rho.trajectories import token_dynamics
-from test_report import HIDDEN, HOSTILE, Page, evaluation, put
+from test_report import HIDDEN, HOSTILE, Page, evaluation, put, token
 
 # A first token, then one of each class; the last losses' mean is 2.
 LOSSES = np.array([[math.nan] * 3, [3.0, 3.1, 3.0], [1.0, 1.5, 2.5], [4.0, 3.0, 1.5], [1.0, 0.75, 1.0]], np.float32)
@@ -137,3 +141,20 @@ def test_a_changed_summary_is_refused(tmp_path: Path) -> None:
 def test_names_and_perplexities_in_tables() -> None:
     assert (arrow("H->L"), arrow("a->b")) == ("H→L", "a->b")
     assert [perplexity(loss) for loss in (None, 0.0, 2.0, 30.0, 1e9)] == ["–", "1.0", "7.4", "1.1e+13", "1.0e+304"]
+
+
+def test_the_classes_of_followed_tokens_are_joined_by_block_and_position(tmp_path: Path) -> None:
+    where = [(0, 1), (2, 1), (2, 0)]
+    explored = [token("x", block=block, position=place, arm="slm") for block, place in where]
+    classes = [{"block": b, "position": p, "class": c} for b, p, c in ((2, 1, "H->L"), (2, 0, None), (0, 1, "L->L"))]
+    for stage_name, of in (("evaluate", "explore"), ("dynamics", "set")):
+        with open_stage(tmp_path / stage_name / "slm-seed0", stage_name, {}, {of: "the same text"}) as stage:
+            pq.write_table(
+                pa.Table.from_pylist(explored if of == "explore" else classes), stage.folder / "tokens.parquet"
+            )
+            for name, content in (("losses.jsonl", ""), ("summary.json", json.dumps(made()))):
+                (stage.folder / name).write_text(content)
+                stage.add_output(name)
+            stage.add_output("tokens.parquet")
+            stage.finish()
+    assert [row.dynamics for row in rows_of_run(tmp_path)] == ["L->L", "H->L", None]

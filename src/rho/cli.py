@@ -312,7 +312,8 @@ def dynamics(
     max_tokens: Annotated[int, typer.Option(help="Tokens of the set, in whole blocks spread over it.")] = 320_000,
     threshold: Annotated[float, typer.Option(help="Nats of change that make a token L->H or H->L.")] = 0.2,
     accuracies: Annotated[
-        Path | None, typer.Option(help="JSON file {step: accuracy}, to be fitted by the loss of selected tokens.")
+        Path | None,
+        typer.Option(help="To be fitted by the loss of selected tokens: JSON {step: accuracy}, or a folder of suites."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Blocks a forward.")] = 8,
 ) -> None:
@@ -326,10 +327,11 @@ def dynamics(
     config, corpus = validated(stage.DynamicsConfig, settings, "rho dynamics"), Corpus(held_out, "validation")
     checkpoints = stage.checkpoints_in(models)
     explore = stage.selection_of(models, reference, corpus) if reference else None
-    stage.follow(config, checkpoints, corpus, out, explore, stage.read_accuracies(accuracies) if accuracies else None)
-    found = json.loads((out / "summary.json").read_bytes())["classes"]
+    found = stage.read_accuracies(accuracies, checkpoints) if accuracies else None
+    stage.follow(config, checkpoints, corpus, out, explore, found)
+    classes = json.loads((out / "summary.json").read_bytes())["classes"]
     for name in CLASSES:
-        print(f"{name}  {found[name]['share']:6.1%}  {found[name]['tokens']:9,} tokens")
+        print(f"{name}  {classes[name]['share']:6.1%}  {classes[name]['tokens']:9,} tokens")
 
 
 @app.command(cls=Command)

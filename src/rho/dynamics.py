@@ -154,16 +154,44 @@ def selection_of(models: Sequence[str], reference: str, corpus: Corpus) -> Explo
     return Exploration(corpus, {"reference": Source(ModelConfig(path=reference))}, made.selector)
 
 
-def read_accuracies(path: Path) -> dict[int, float]:
-    """A JSON file of `{step: accuracy}`, accuracies as shares in [0, 1].
+def read_accuracies(path: Path, models: Sequence[Checkpoint]) -> dict[int, float]:
+    """Accuracies, shares in [0, 1], by step: of a JSON file of them, or of a folder of evaluated suites.
+
+    Of such a folder each sub-folder is what `rho evaluate CHECKPOINT --suite NAME` wrote; it belongs to the one of
+    `models` with the same weights, and the mean over its tasks counts.
 
     Raises:
-        DataError: it is not such a file.
+        DataError: it is neither, or the suites are not of the same tasks.
     """
+    if path.is_dir():
+        return _suites(path, models)
     try:
         return {int(step): float(value) for step, value in json.loads(path.read_bytes()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f'{path}: expected JSON such as {{"1000": 0.25}}, step and accuracy ({error}).') from error
+
+
+def _suites(folder: Path, models: Sequence[Checkpoint]) -> dict[int, float]:
+    step_of = {entry.content or source_hash(ModelConfig(path=entry.model)): entry.step for entry in models}
+    found: dict[int, float] = {}
+    asked: dict[tuple[tuple[str, int], ...], Path] = {}
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        made = read_manifest(path.parent, "suite")
+        rows, step = made.facts["rows"], step_of.get(made.inputs["model"])
+        if step is not None:
+            asked.setdefault(tuple((row["name"], row["questions"]) for row in rows), path.parent)
+            found[step] = sum(row["value"] for row in rows) / len(rows)
+    if len(asked) > 1:
+        raise DataError(
+            f"{folder}: expected the same tasks of every checkpoint, found others in "
+            f"{' than in '.join(str(one) for one in list(asked.values())[:2])}. Evaluate them alike."
+        )
+    if not found:
+        raise DataError(
+            f"{folder}: expected folders that `rho evaluate CHECKPOINT --suite NAME` wrote of these checkpoints, found "
+            f"none. Evaluate each into a sub-folder of its own."
+        )
+    return found
 
 
 def token_set(corpus: Corpus, config: DynamicsConfig) -> TokenSet:

@@ -274,6 +274,7 @@ def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfi
             corpus.tokenizer.pieces(row["input_ids"]),
             Seen(loss[b], columns["ref_loss"][b], eligible[b], selected[b]),
             [corpus.labels[i] if i >= 0 else None for i in row["label"]],
+            block=b,
         )
         for b, row in enumerate(rows)
     ]

@@ -135,6 +135,7 @@ def token_rows(
     pieces: Sequence[str],
     seen: Seen,
     labels: Sequence[str | None],
+    block: int | None = None,
 ) -> list[TokenRow]:
     """The rows of tokens ranked together; a rank is the share of the others with a lower excess, ties by position."""
     excess = excess_loss(seen.loss_T, seen.ref_loss_T).masked_fill(~seen.eligible_T, torch.nan)
@@ -145,8 +146,10 @@ def token_rows(
     columns = (column.tolist() for column in (seen.loss_T, seen.ref_loss_T, excess, rank, seen.selected_T))
     found = zip(origins, pieces, *columns, labels, strict=True)
     return [
-        TokenRow(arm, seed, document, source, position, *of_token)
-        for position, ((document, source), *of_token) in enumerate(found)
+        TokenRow(
+            arm, seed, origin[0], origin[1], position, text, loss, ref_loss, above, place, chosen, label, None, block
+        )
+        for position, (origin, text, loss, ref_loss, above, place, chosen, label) in enumerate(found)
     ]
 
 

@@ -28,7 +28,7 @@ class ModelConfig(BaseModel):
     """A causal language model: either loaded, or new with random weights.
 
     Attributes:
-        path: a folder of rho or Transformers, or a Hugging Face name.
+        path: a folder of rho or Transformers, or a Hugging Face name; NAME@REVISION gives both.
         architecture: settings of a `transformers` config, `model_type` among them; the vocabulary is the corpus's.
         revision: of a Hugging Face name.
         trust_remote_code: run code that comes with the model.
@@ -55,6 +55,15 @@ class ModelConfig(BaseModel):
             return cls(architecture=yaml.safe_load(Path(text).read_text(encoding="utf-8")))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{text}: not a model config ({error}).") from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _revision_in_the_name(cls, tree: Any) -> Any:
+        path = tree.get("path") if isinstance(tree, dict) else None
+        if isinstance(path, str) and "@" in path and tree.get("revision") is None and not Path(path).exists():
+            name, _, revision = path.rpartition("@")
+            return {**tree, "path": name, "revision": revision}
+        return tree
 
     @model_validator(mode="after")
     def _one_of(self) -> ModelConfig:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rho.errors import DataError
@@ -29,6 +30,7 @@ SCHEMA = pa.schema(
         "selected": pa.bool_(),
         "label": pa.string(),
         "dynamics": pa.string(),
+        "block": pa.int64(),
     }
 )
 
@@ -47,6 +49,7 @@ class TokenRow:
         selected: whether it would be trained on.
         label: of the text's span that it is in.
         dynamics: the class of its losses over training, such as `H->L`.
+        block: of the corpus, where the text is one.
     """
 
     arm: str
@@ -62,6 +65,7 @@ class TokenRow:
     selected: bool
     label: str | None = None
     dynamics: str | None = None
+    block: int | None = None
 
     @property
     def view(self) -> str:
@@ -89,8 +93,24 @@ def read_rows(path: str | os.PathLike[str]) -> list[TokenRow]:
         raise DataError(f"{path}: can't be read as token rows ({error}). Run the evaluate stage again.") from error
 
 
+def read_classes(
+    path: str | os.PathLike[str], blocks: Collection[int | None]
+) -> dict[tuple[int | None, int], str | None]:
+    """The class of each token of some blocks, by (block, position), from what a dynamics stage wrote.
+
+    Raises:
+        DataError: damaged, or no such file.
+    """
+    try:
+        table = pq.read_table(path, columns=["block", "position", "class"], page_checksum_verification=True)
+        of_blocks = table.filter(pc.is_in(table["block"], pa.array([b for b in blocks if b is not None], pa.int64())))
+        return {(row["block"], row["position"]): row["class"] for row in of_blocks.to_pylist()}
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: can't be read as tokens' classes ({error}). Run the dynamics stage again.") from error
+
+
 def _row(position: int, row: dict[str, Any]) -> TokenRow:
-    seed, label, dynamics = row["seed"], row.get("label"), row.get("dynamics")
+    seed, label, dynamics, block = row["seed"], row.get("label"), row.get("dynamics"), row.get("block")
     return TokenRow(
         arm=str(row["arm"]),
         seed=None if seed is None else int(seed),
@@ -102,6 +122,7 @@ def _row(position: int, row: dict[str, Any]) -> TokenRow:
         selected=bool(row["selected"]),
         label=None if label is None else str(label),
         dynamics=None if dynamics is None else str(dynamics),
+        block=None if block is None else int(block),
     )
 
 

@@ -250,7 +250,8 @@ def train(
         stage.add_folder("model")
         stage.add_output(STEP_LOG)
         best = trainer.state.best_global_step if args.load_best_model_at_end else None
-        made = stage.finish(step=best or trainer.state.global_step, checkpoints=_checkpoints(stage.folder))
+        step = best or trainer.state.global_step
+        made = stage.finish(step=step, checkpoints=_checkpoints(stage.folder), columns=list(selector.columns))
         if late is not None:
             stop(late, f"{stage.folder}: finished")
         return made

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +14,12 @@ import yaml
 
 from rho.compare import BLOCKS, BlockSums, read_blocks
 from rho.errors import DataError
-from rho.rows import TokenRow, read_rows
+from rho.rows import TokenRow, read_classes, read_rows
 from rho.runs import MANIFEST, Manifest, hash_file, read_manifest
 
 REFERENCE = "reference"
 CONFIG = "config.yaml"
+DOMAINS = "domains.jsonl"
 Record = TypeVar("Record")
 
 
@@ -37,10 +38,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Domain(Evaluation):
+    """One model's loss on the tokens of one source, or of one label, in a set."""
+
+    by: str
+    domain: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One logged optimizer step; a value that the step does not have is NaN or missing from its mapping."""
 
     step: int
+    tokens_seen: int
     eligible: int
     selected: int
     loss_selected: float
@@ -65,7 +76,8 @@ class ArmDynamics:
 class Run:
     """Everything the report shows. `stages` maps a stage's folder to its manifest, None where it is not finished.
 
-    `blocks` has the losses block by block of the last checkpoint of each arm and seed, on each set.
+    `domains` and `blocks` are of the last checkpoint of each arm and seed, on each set; `before` names the stage
+    folders whose work an arm needs before its own training: its references', their scores.
     """
 
     name: str
@@ -77,6 +89,8 @@ class Run:
     tokens: list[TokenRow]
     dynamics: list[ArmDynamics]
     blocks: dict[tuple[str, int, str], BlockSums] = field(default_factory=dict)
+    domains: list[Domain] = field(default_factory=list)
+    before: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -136,9 +150,11 @@ def read_run(run: Path) -> Run:
             row for name, made in evaluated.items() for row in _lines(run, name, "losses.jsonl", made, _evaluation)
         ],
         steps=_steps(run, stages, asked),
-        tokens=[row for name, made in evaluated.items() for row in _tokens(run / name / "tokens.parquet", made)],
+        tokens=[row for name in evaluated for row in _tokens(run, name, stages)],
         dynamics=_dynamics(run, stages, asked),
         blocks=_blocks(run, evaluated),
+        domains=[row for name, made in evaluated.items() for row in _domains(run, name, made)],
+        before=_before(tree, stages),
     )
 
 
@@ -253,21 +269,33 @@ def _number(value: Any) -> float:
 
 
 def _evaluation(row: dict[str, Any]) -> Evaluation:
-    return Evaluation(
-        arm=str(row["arm"]),
-        seed=0 if is_reference(str(row["arm"])) else int(row["seed"]),
-        step=int(row["step"] or 0),
-        tokens_seen=int(row["tokens_seen"] or 0),
-        tokens_selected=int(row["tokens_selected"] or 0),
-        set=str(row["set"]),
-        loss=_number(row["loss"]),
-        bits_per_byte=_number(row["bits_per_byte"]),
+    return Evaluation(**_measured(row))
+
+
+def _domain(row: dict[str, Any]) -> Domain:
+    name = row["domain"]
+    return Domain(
+        **_measured(row), by=str(row["by"]), domain="" if name is None else str(name), tokens=int(row["tokens"])
     )
+
+
+def _measured(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "arm": str(row["arm"]),
+        "seed": 0 if is_reference(str(row["arm"])) else int(row["seed"]),
+        "step": int(row["step"] or 0),
+        "tokens_seen": int(row["tokens_seen"] or 0),
+        "tokens_selected": int(row["tokens_selected"] or 0),
+        "set": str(row["set"]),
+        "loss": _number(row["loss"]),
+        "bits_per_byte": _number(row["bits_per_byte"]),
+    }
 
 
 def _step(row: dict[str, Any]) -> Step:
     return Step(
         step=int(row["step"]),
+        tokens_seen=int(row.get("tokens_seen") or 0),
         eligible=int(row["eligible"]),
         selected=int(row["selected"]),
         loss_selected=_number(row.get("loss_selected")),
@@ -280,11 +308,55 @@ def _step(row: dict[str, Any]) -> Step:
     )
 
 
-def _tokens(path: Path, manifest: Manifest) -> list[TokenRow]:
+def _tokens(run: Path, name: str, stages: dict[str, Manifest | None]) -> list[TokenRow]:
+    """The token rows of one evaluated model, with their classes where its dynamics were followed on the same text."""
+    path, made = run / name / "tokens.parquet", stages[name]
     if not path.is_file():
         return []
-    _intact(path, manifest)
-    return read_rows(path)
+    _intact(path, made)
+    rows = read_rows(path)
+    folder = name.replace("evaluate", "dynamics", 1)
+    followed = stages.get(folder)
+    if made is None or followed is None or followed.inputs.get("set") != made.inputs.get("explore", ""):
+        return rows
+    _intact(run / folder / "tokens.parquet", followed)
+    classes = read_classes(run / folder / "tokens.parquet", {row.block for row in rows})
+    return [replace(row, dynamics=classes.get((row.block, row.position))) for row in rows]
+
+
+def _domains(run: Path, folder: str, made: Manifest) -> list[Domain]:
+    """Of the last checkpoint; of a run made before there was such a file, none."""
+    rows = _lines(run, folder, DOMAINS, made, _domain) if DOMAINS in made.outputs else []
+    last = {(row.arm, row.seed, row.set): row.step for row in sorted(rows, key=lambda row: row.step)}
+    return [row for row in rows if row.step == last[row.arm, row.seed, row.set]]
+
+
+def _before(tree: dict[str, Any], stages: dict[str, Manifest | None]) -> dict[str, list[str]]:
+    """For each arm of the config the stage folders of this run whose work comes before its training, in its order.
+
+    An arm whose selection reads no column of scores needs none. Those of a reference are its training (and what it
+    starts from, where that is an arm) and its scores.
+    """
+    arms, references = (tree.get("train") or {}).get("arms") or {}, tree.get("references")
+    if not isinstance(references, dict):
+        references = {REFERENCE: tree.get(REFERENCE) or {}}
+    first = (tree.get("train") or {}).get("seeds", [0])[0]
+
+    def folders(arm: str) -> list[str]:
+        made = next(
+            (made for name, made in stages.items() if made and re.fullmatch(rf"train/{re.escape(arm)}-seed\d+", name)),
+            None,
+        )
+        if made is None or not made.facts.get("columns", True):
+            return []
+        found = []
+        for name in ((arms.get(arm) or {}).get("references") or {}).get("names") or references:
+            after = (references.get(name) or {}).get("after")
+            found += [*folders(after), f"train/{after}-seed{first}"] if after else []
+            found += [reference_folder(name), f"scores/{name}"]
+        return [name for name in dict.fromkeys(found) if name in stages]
+
+    return {arm: folders(arm) for arm in arms}
 
 
 def _blocks(run: Path, evaluated: dict[str, Manifest]) -> dict[tuple[str, int, str], BlockSums]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from rho.report import plots
 from rho.report.data import REFERENCE, Run
-from rho.report.dynamics import arrow, paper_order, perplexity, sections
-from rho.report.html import percent, spread, template
+from rho.report.dynamics import MOST_GROUPS, arrow, paper_order, perplexity, sections
+from rho.report.html import count, percent, spread, template
 from rho.report.tokens import by_quantity, documents
 
 
@@ -20,7 +20,7 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         {label for seeds in summary["arms"].values() for one in seeds.values() for label in one["label_share"]}
     )
     found, omitted = documents(run.tokens)
-    return template("template.html.j2", arrow=arrow, paper_order=paper_order, perplexity=perplexity).render(
+    return template("template.html.j2", arrow=arrow, paper_order=paper_order, perplexity=perplexity, mean=_mean).render(
         run=run,
         summary=summary,
         headline=headline(summary),
@@ -37,6 +37,9 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         colours=plots.COLOURS,
         versions=_versions(run),
         dynamics=sections(run),
+        domains=_domain_rows(summary),
+        evaluated=_evaluated(summary),
+        before=_before(summary),
     )
 
 
@@ -140,6 +143,31 @@ def _results(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _domain_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, int, list[list[float | None]]]]:
+    """Set, kind, name, tokens and the losses of each arm (a value a seed), of the largest sources and labels.
+
+    What is all of a set is left out: it stands in the table of results.
+    """
+    rows = []
+    for name, kinds in summary["domains"].items():
+        for by, found in kinds.items():
+            largest = sorted(found, key=lambda domain: -found[domain]["tokens"])[:MOST_GROUPS]
+            for domain in largest if len(found) > 1 else []:
+                losses = [found[domain]["losses"].get(arm, []) for arm in _evaluated(summary)]
+                rows.append((name, by, domain, found[domain]["tokens"], losses))
+    return rows
+
+
+def _before(summary: dict[str, Any]) -> str:
+    """The stages that come before the training of some arm, each once, with its seconds."""
+    stages = {folder: seconds for found in summary["before"].values() for folder, seconds in found.items()}
+    return ", ".join(f"{folder} {count(seconds)}" for folder, seconds in stages.items())
+
+
+def _evaluated(summary: dict[str, Any]) -> list[str]:
+    return [*summary["arms"], *summary["references"]]
 
 
 def _label_rows(summary: dict[str, Any], labels: Sequence[str]) -> dict[str, list[str]]:

@@ -56,13 +56,23 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """What a plot shows as a table: the name of the x axis, then for each x a value of every line, None where none."""
+
+    x: str
+    names: list[str]
+    rows: list[tuple[float, list[float | None]]]
+
+
+@dataclass(frozen=True)
 class Plot:
-    """An SVG as a data URI, what it shows in words, and its legend."""
+    """An SVG as a data URI, what it shows in words, its legend, and its numbers."""
 
     uri: str
     alt: str
     keys: list[Key]
     caption: str
+    numbers: Numbers
 
     @property
     def svg(self) -> bytes:
@@ -80,37 +90,55 @@ class Canvas:
         self.axes.set(xlabel=x, ylabel=y)
         self.axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         self.keys: list[Key] = []
+        self.x, self.series = x, dict[str, dict[float, float]]()
 
     def line(self, name: str, x: Sequence[float], y: Sequence[float], every: int = 1) -> str:
-        """Draw a series in the next style, name it in the legend; return its colour."""
+        """Draw a series in the next style, name it in the legend and the table; return its colour."""
         index = len(self.keys)
         marker, glyph = _MARKERS[index % len(_MARKERS)]
         colour = index % len(COLOURS)
         self.axes.plot(x, y, color=COLOURS[colour], marker=marker, markevery=(3 * index % every, every), label=name)
         self.keys.append(Key(glyph, colour, name))
+        self.note(name, x, y)
         return COLOURS[colour]
+
+    def note(self, name: str, x: Sequence[float], y: Sequence[float]) -> None:
+        """A column of the table of numbers."""
+        self.series[name] = dict(zip(x, y, strict=True))
+
+    def band(self, name: str, x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> None:
+        """A shaded band, with its borders in the table."""
+        self.axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        self.note(f"{name}, lowest", x, low)
+        self.note(f"{name}, highest", x, high)
 
     def finish(self, alt: str, caption: str) -> Plot:
         """The plot as it stands."""
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         uri = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-        return Plot(uri, alt, self.keys, caption)
+        rows = [
+            (x, [series.get(x) for series in self.series.values()])
+            for x in sorted({x for series in self.series.values() for x in series})
+        ]
+        return Plot(uri, alt, self.keys, caption, Numbers(self.x, list(self.series), rows))
 
 
 def target_loss(
     curves: dict[str, list[list[Evaluation]]], goal: float | None, reference: float | None, since: float = 0.0
 ) -> Plot:
-    """Target loss against tokens processed: a curve per arm and seed, from the share `since` of the tokens on."""
+    """Target loss against tokens processed, from the share `since` of the tokens on: per arm the mean of its seeds.
+
+    A band reaches from the lowest to the highest seed.
+    """
     with rc_context(STYLE):
         canvas = Canvas("tokens processed", "target loss (nats per token)")
         end = max((row.tokens_seen for runs in curves.values() for run in runs for row in run), default=0)
         for name, runs in curves.items():
-            late = [[row for row in run if row.tokens_seen >= since * end] for run in runs]
-            colour = canvas.line(name, *_mean_curve(late))
-            for run in late if len(late) > 1 else []:
-                x, y = [row.tokens_seen for row in run], [row.loss for row in run]
-                canvas.axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.6)
+            x, losses = _common([[row for row in run if row.tokens_seen >= since * end] for run in runs])
+            colour = canvas.line(name, x, [statistics.fmean(column) for column in losses])
+            if len(runs) > 1:
+                canvas.band(name, x, [min(column) for column in losses], [max(column) for column in losses], colour)
         if goal is not None:
             canvas.axes.axhline(goal, color="#222222", linewidth=1, linestyle=(0, (5, 3)))
         if reference is not None:
@@ -120,12 +148,12 @@ def target_loss(
         return canvas.finish("Line plot: target loss against tokens processed, one line per arm. " + part, part)
 
 
-def _mean_curve(runs: list[list[Evaluation]]) -> tuple[list[float], list[float]]:
-    """Mean (tokens, loss) over the seeds, at the steps at which all of them were evaluated."""
+def _common(runs: list[list[Evaluation]]) -> tuple[list[float], list[list[float]]]:
+    """Mean tokens, and the seeds' losses, at the steps at which all of them were evaluated."""
     common = set.intersection(*({row.step for row in run} for run in runs)) if runs else set()
     columns = list(zip(*([row for row in run if row.step in common] for run in runs), strict=True))
     x = [statistics.fmean(row.tokens_seen for row in column) for column in columns]
-    return x, [statistics.fmean(row.loss for row in column) for column in columns]
+    return x, [[row.loss for row in column] for column in columns]
 
 
 def realised_ratio(arms: dict[str, list[list[Step]]]) -> Plot:
@@ -169,8 +197,10 @@ def excess_quantiles(runs: list[list[Step]]) -> Plot:
             for name in ("p05", "p25", "p50", "p75", "p95")
         }
         colour = canvas.line("median", x, q["p50"], _every(groups))
-        canvas.axes.fill_between(x, q["p05"], q["p95"], color=colour, alpha=0.15, linewidth=0)
-        canvas.axes.fill_between(x, q["p25"], q["p75"], color=colour, alpha=0.3, linewidth=0)
+        for low, high, alpha in (("p05", "p95", 0.15), ("p25", "p75", 0.3)):
+            canvas.axes.fill_between(x, q[low], q[high], color=colour, alpha=alpha, linewidth=0)
+        for name in ("p05", "p25", "p75", "p95"):
+            canvas.note(name, x, q[name])
         canvas.axes.axhline(0, color="#222222", linewidth=0.8)
         note = "Bands: 25th to 75th and 5th to 95th percentile. " + _note([runs])
         return canvas.finish("Line plot with bands: quantiles of the excess loss by step.", note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +20,11 @@ def summarise(run: Run) -> dict[str, Any]:
     """The whole summary: plain JSON values with stable keys; null stands for a number that there is not.
 
     `arms.<arm>.<seed>.tokens_to_target` is null where the arm never came down to `goal`, its baseline's final target
-    loss with the same seed; where `goal` itself is null there was nothing to compare with. `reference_loss` is the best
-    reference's on the target. `differences.<arm>.<set>` is the arm's loss minus the baseline's (`differences`).
+    loss with the same seed; where `goal` itself is null there was nothing to compare with. Its `seconds` are those of
+    the arm's own training until then, `seconds_with_reference` those of the stages `before.<arm>` too; each ratio is to
+    the baseline's training with that seed. `reference_loss` is the best reference's on the target.
+    `differences.<arm>.<set>` is the arm's loss minus the baseline's (`differences`). `domains.<set>.<by>.<name>` has
+    tokens, and each arm's loss on them at its last checkpoint, a value a seed.
     """
     base = baseline(run)
     references = {name: _model(run, name, 0) for name in run.references}
@@ -34,6 +38,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "references": references,
         "arms": {arm: {str(seed): _trained(run, base, arm, seed) for seed in run.seeds(arm)} for arm in run.arms},
         "differences": {arm: differences(run, base, arm) for arm in run.arms if base is not None and arm != base},
+        "before": {arm: {folder: seconds_of(run, folder) for folder in run.before.get(arm, [])} for arm in run.arms},
+        "domains": domains(run),
     }
 
 
@@ -85,13 +91,48 @@ def tokens_to_loss(curve: Sequence[Evaluation], goal: float) -> tuple[float, flo
     return None
 
 
+def seconds_of(run: Run, folder: str) -> float | None:
+    """How long a stage of the run took: a training by its step log, which outlasts interruptions, another by its clock.
+
+    None where that is not known.
+    """
+    trained = re.fullmatch(r"train/(.+)-seed(\d+)", folder, re.DOTALL)
+    key = (trained[1], int(trained[2])) if trained else (folder, 0)
+    if key in run.steps:
+        clock = training_clock(run.steps[key])
+        return clock[-1][1] if clock else None
+    made = run.stages.get(folder)
+    return made.environment.get("seconds") if made else None
+
+
+def training_clock(steps: Sequence[Step]) -> list[tuple[int, float]]:
+    """(tokens seen, seconds of training) at each logged step, from the speeds in the log; empty if one is missing."""
+    clock = [(0, 0.0)]
+    for step in steps:
+        seen, seconds = clock[-1]
+        if not step.tokens_per_second > 0:
+            return []
+        clock.append((step.tokens_seen, seconds + (step.tokens_seen - seen) / step.tokens_per_second))
+    return clock[1:]
+
+
+def domains(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
+    """By set, `source` or `label`, and name: tokens, and the losses of each arm, a value a seed."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in run.domains:
+        of = found.setdefault(row.set, {}).setdefault(row.by, {}).setdefault(row.domain, {"tokens": 0, "losses": {}})
+        of["tokens"] = row.tokens
+        of["losses"].setdefault(row.arm, []).append(_finite(row.loss))
+    return found
+
+
 def _trained(run: Run, base: str | None, arm: str, seed: int) -> dict[str, Any]:
     curve = run.curve(arm, seed, run.target)
     goals = run.curve(base, seed, run.target) if base is not None else []
     return {
         **_model(run, arm, seed),
         "goal": _finite(goals[-1].loss) if goals else None,
-        "tokens_to_target": _tokens_to_target(curve, goals[-1]) if goals else None,
+        "tokens_to_target": _to_target(run, base, curve, goals[-1]) if base is not None and goals else None,
     }
 
 
@@ -108,12 +149,20 @@ def _model(run: Run, arm: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _tokens_to_target(curve: Sequence[Evaluation], goal: Evaluation) -> dict[str, Any] | None:
+def _to_target(run: Run, base: str, curve: Sequence[Evaluation], goal: Evaluation) -> dict[str, Any] | None:
     reached = tokens_to_loss(curve, goal.loss)
     if reached is None:
         return None
     seen, selected = reached
+    arm, seed = curve[0].arm, curve[0].seed
+    own, whole = _seconds(run, arm, seed, seen), _seconds(run, base, seed, goal.tokens_seen)
+    before = [seconds_of(run, folder) for folder in run.before.get(arm, [])]
+    added = None if own is None or None in before else own + sum(filter(None, before))
     return {
+        "seconds": own,
+        "ratio_seconds": _share(own, whole),
+        "seconds_with_reference": added,
+        "ratio_seconds_with_reference": _share(added, whole),
         "tokens_seen": seen,
         "tokens_selected": selected,
         "ratio_seen": _share(seen, goal.tokens_seen),
@@ -149,8 +198,17 @@ def label_share(steps: Sequence[Step], label: str) -> float | None:
     return _share(sum(selected for _, selected in counts), sum(eligible for eligible, _ in counts))
 
 
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+def _seconds(run: Run, arm: str, seed: int, tokens: float) -> float | None:
+    """Seconds of one training until so many tokens were seen; None if that is not known."""
+    clock = training_clock(run.steps.get((arm, seed), []))
+    if not clock or tokens > clock[-1][0]:
+        return None
+    seen, seconds = zip((0, 0.0), *clock, strict=True)
+    return float(np.interp(tokens, seen, seconds))
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
 
 
 def _finite(value: float) -> float | None:
