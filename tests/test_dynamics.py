@@ -262,7 +262,5 @@ def test_evaluated_suites_belong_to_the_checkpoints_with_their_weights(arm: Path
     with pytest.raises(DataError, match="of these checkpoints, found none"):
         read_accuracies(tmp_path, models[2:])
     suite(tmp_path / "a", str(models[2].content), {"svamp": 0.25, "asdiv": 0.0}, questions=6)
-    with pytest.raises(
-        DataError, match=r"the same tasks of every checkpoint, found others in .*a than in .*x"
-    ):
+    with pytest.raises(DataError, match=r"the same tasks of every checkpoint, found others in .*a than in .*x"):
         read_accuracies(tmp_path, models)

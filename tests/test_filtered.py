@@ -57,17 +57,14 @@ def test_in_the_last_block_nothing_is_lost(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_without_a_gradient_changes_no_weight_but_those_of_keys_and_values(kind: str) -> None:
-    """Each projection's weight gradient is the sum over the kept rows of what the filtered stream brings there."""
+    """The gradients of weight and bias are sums over the kept rows of what the filtered stream brings there."""
     network = model(kind)
-    products: dict[str, Tensor] = {}
+    brought: dict[str, tuple[Tensor, Tensor]] = {}  # gradient of the output, input: a row each
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, given: Any, output: Tensor) -> None:
             x = given[0].detach().flatten(0, 1)
-            output.register_hook(lambda grad: products.__setitem__(name, per_row(grad.flatten(0, 1), x)))
-
-        def per_row(grad: Tensor, x: Tensor) -> Tensor:
-            return grad[:, :, None] * x[:, None, :]
+            output.register_hook(lambda grad: brought.__setitem__(name, (grad.flatten(0, 1), x)))
 
         return hook
 
@@ -77,12 +74,16 @@ def test_a_token_without_a_gradient_changes_no_weight_but_those_of_keys_and_valu
             layer.register_forward_hook(watch(name))
     found = gradients(network, KEPT, filtered)
     kept = KEPT.flatten() != 0
-    assert len(products) >= 3 * 4
-    for name, rows in products.items():
-        counted = rows if MAKES_KEYS_OR_VALUES.search(name) else rows[kept]
-        torch.testing.assert_close(found[f"{name}.weight"], counted.sum(0), rtol=1e-11, atol=1e-13)
-        if MAKES_KEYS_OR_VALUES.search(name):
-            assert rows[~kept].abs().max() > 0  # which is what is kept of them
+    assert len(brought) >= 3 * 4
+    for name, (grad, x) in brought.items():
+        keys_or_values = MAKES_KEYS_OR_VALUES.search(name)
+        counted = torch.ones_like(kept) if keys_or_values else kept
+        expected = {"weight": grad[counted].T @ x[counted], "bias": grad[counted].sum(0)}
+        for part in ("weight", "bias"):
+            if f"{name}.{part}" in found:
+                torch.testing.assert_close(found[f"{name}.{part}"], expected[part], rtol=1e-11, atol=1e-13)
+        if keys_or_values:
+            assert grad[~kept].abs().max() > 0  # which is what is kept of them
 
 
 def test_only_blocks_below_the_last_lose_something() -> None:
