@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-eval lint format bench clean
 
 demo: .venv/ready
 	$(BIN)/rho demo $(DEMO_ARGS)
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# The benchmarks' engine is a large extra that only `rho evaluate --suite` needs.
+test-eval: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]'
+	$(BIN)/python -m pytest tests/test_suites.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
