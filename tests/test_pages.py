@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import html5lib
@@ -21,24 +23,11 @@ from rho.runs import open_stage
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 POLICY = re.compile('<meta http-equiv="Content-Security-Policy" content="[^"]*">')
-ELEMENTS = {"html", "head", "meta", "title", "style", "body", "header", "main", "nav", "section", "h1", "h2", "h3"}
-ELEMENTS |= {
-    "h4",
-    "p",
-    "a",
-    "div",
-    "span",
-    "table",
-    "tbody",
-    "tr",
-    "th",
-    "td",
-    "b",
-    "details",
-    "summary",
-    "pre",
-    "code",
-}
+ELEMENTS = {
+    "html", "head", "meta", "title", "style", "body", "header", "main", "nav", "section", "h1", "h2", "h3", "h4", "p", "a",
+    "div", "span", "table", "tbody", "tr", "th", "td", "b", "i", "details", "summary", "pre", "code", "figure", "img",
+    "figcaption",
+}  # fmt: skip
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
@@ -61,12 +50,28 @@ def explorer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A report with every hostile string but the one that Parquet can't hold (a lone surrogate) in its tokens."""
+    """A report with every hostile string but the one that Parquet can't hold (a lone surrogate) in its tokens.
+
+    Arms, sets, labels and sources are called by hostile strings too.
+    """
     run = tmp_path_factory.mktemp("report")
     told = [row(text) for text in HOSTILE if text.isascii() or text.encode("utf-8", "ignore").decode() == text]
     assert len(told) == len(HOSTILE) - 1
+    seen = {"seed": 0, "tokens_seen": 9, "tokens_selected": 5, "bits_per_byte": 1.0, "loss": 2.0}
+    losses = [
+        {**seen, "arm": arm, "step": step, "set": name} for arm, step, name in product(SCRIPTS[:3], (1, 2), HOSTILE[:3])
+    ]
+    domains = [{**losses[-1], "by": by, "domain": text, "tokens": 3} for by in ("source", "label") for text in SCRIPTS]
+    labels = {text: {"eligible": 3, "selected": 1} for text in SCRIPTS}
+    step = {"step": 1, "eligible": 9, "selected": 5, "loss_selected": 1.0, "loss_all": 1.0, "labels": labels}
+    with open_stage(run / "train" / "clm-seed0", "train", {}, {}) as stage:
+        (stage.folder / "steps.jsonl").write_text(json.dumps(step) + "\n")
+        stage.add_output("steps.jsonl")
+        stage.finish()
     with open_stage(run / "evaluate", "evaluate", {}, {}) as stage:
-        (run / "evaluate/losses.jsonl").write_text("")
+        for name, lines in (("losses.jsonl", losses), ("domains.jsonl", domains)):
+            (run / "evaluate" / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        stage.add_output("domains.jsonl")
         pq.write_table(pa.Table.from_pylist([vars(one) for one in told]), run / "evaluate/tokens.parquet")
         stage.add_output("losses.jsonl")
         stage.add_output("tokens.parquet")
@@ -99,7 +104,10 @@ def acting(dumped: str) -> list[str]:
     found = [str(one.tag) for one in root.iter() if one.tag not in ELEMENTS]
     for one in root.iter():
         for name, value in one.items():
-            if name.startswith("on") or name in ("style", "src") or (name == "href" and not value.startswith("#")):
+            fetches = (name == "src" and not value.startswith("data:image/svg+xml;base64,")) or (
+                name == "href" and not value.startswith("#")
+            )
+            if name.startswith("on") or name == "style" or fetches:
                 found.append(f"{one.tag} {name}={value}")
     return found
 
