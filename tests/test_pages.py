@@ -24,9 +24,9 @@ from rho.runs import open_stage
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 POLICY = re.compile('<meta http-equiv="Content-Security-Policy" content="[^"]*">')
 ELEMENTS = {
-    "html", "head", "meta", "title", "style", "body", "header", "main", "nav", "section", "h1", "h2", "h3", "h4", "p", "a",
-    "div", "span", "table", "tbody", "tr", "th", "td", "b", "i", "details", "summary", "pre", "code", "figure", "img",
-    "figcaption",
+    "html", "head", "meta", "title", "style", "body", "header", "main", "nav", "section", "h1", "h2", "h3", "h4", "p",
+    "a", "div", "span", "table", "tbody", "tr", "th", "td", "b", "i", "details", "summary", "pre", "code", "figure",
+    "img", "figcaption",
 }  # fmt: skip
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
