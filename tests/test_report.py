@@ -261,6 +261,16 @@ def test_a_reference_that_goes_on_from_an_arm_costs_that_arm_too(run: Path) -> N
     assert summarise(found)["arms"]["slm"]["0"]["tokens_to_target"]["seconds_with_reference"] == 120.0
 
 
+def test_an_arm_that_goes_on_after_another_took_its_time_too(run: Path) -> None:
+    config = "train: {arms: {clm: {}, slm: {after: clm}}}\n"
+    found = timed(run, config, [])
+    shifted = [
+        replace(row, tokens_seen=600 + row.tokens_seen) if row.arm == "slm" else row for row in found.evaluations
+    ]
+    slm = summarise(replace(found, evaluations=shifted))["arms"]["slm"]["0"]["tokens_to_target"]
+    assert (slm["tokens_seen"], slm["seconds"]) == (900.0, 60.0 + 60.0)  # of clm, and 300 tokens at 5 a second
+
+
 def test_no_time_is_told_beyond_the_log_or_where_a_speed_is_missing() -> None:
     def at(seen: int, speed: float) -> Step:
         return Step(1, seen, 1, 1, 0.0, 0.0, 0.0, {}, {}, speed, {})

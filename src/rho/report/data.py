@@ -76,8 +76,8 @@ class ArmDynamics:
 class Run:
     """Everything the report shows. `stages` maps a stage's folder to its manifest, None where it is not finished.
 
-    `domains` and `blocks` are of the last checkpoint of each arm and seed, on each set; `before` names the stage
-    folders whose work an arm needs before its own training: its references', their scores.
+    `domains` and `blocks` are of the last checkpoint of each arm and seed, on each set. `after` names the arm that an
+    arm goes on after, `before` the stage folders that come before these trainings: the references', their scores.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Run:
     dynamics: list[ArmDynamics]
     blocks: dict[tuple[str, int, str], BlockSums] = field(default_factory=dict)
     domains: list[Domain] = field(default_factory=list)
+    after: dict[str, str] = field(default_factory=dict)
     before: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -154,6 +155,7 @@ def read_run(run: Path) -> Run:
         dynamics=_dynamics(run, stages, asked),
         blocks=_blocks(run, evaluated),
         domains=[row for name, made in evaluated.items() for row in _domains(run, name, made)],
+        after=_after(tree),
         before=_before(tree, stages),
     )
 
@@ -331,32 +333,38 @@ def _domains(run: Path, folder: str, made: Manifest) -> list[Domain]:
     return [row for row in rows if row.step == last[row.arm, row.seed, row.set]]
 
 
-def _before(tree: dict[str, Any], stages: dict[str, Manifest | None]) -> dict[str, list[str]]:
-    """For each arm of the config the stage folders of this run whose work comes before its training, in its order.
+def _after(tree: dict[str, Any]) -> dict[str, str]:
+    arms = (tree.get("train") or {}).get("arms") or {}
+    return {arm: settings["after"] for arm, settings in arms.items() if (settings or {}).get("after")}
 
-    An arm whose selection reads no column of scores needs none. Those of a reference are its training (and what it
-    starts from, where that is an arm) and its scores.
+
+def _before(tree: dict[str, Any], stages: dict[str, Manifest | None]) -> dict[str, list[str]]:
+    """For each arm of the config the stage folders of this run that come before it and those it goes on after.
+
+    An arm whose selection reads no column of scores needs none. Those of a reference are its training (and that of the
+    arm that it goes on after) and its scores.
     """
-    arms, references = (tree.get("train") or {}).get("arms") or {}, tree.get("references")
+    train, references, after = tree.get("train") or {}, tree.get("references"), _after(tree)
+    arms, seed = train.get("arms") or {}, train.get("seeds", [0])[0]
     if not isinstance(references, dict):
         references = {REFERENCE: tree.get(REFERENCE) or {}}
-    first = (tree.get("train") or {}).get("seeds", [0])[0]
 
     def folders(arm: str) -> list[str]:
-        made = next(
-            (made for name, made in stages.items() if made and re.fullmatch(rf"train/{re.escape(arm)}-seed\d+", name)),
-            None,
-        )
+        found = folders(after[arm]) if arm in after else []
+        made = next((stages[name] for name in stages if _is_training(name, arm)), None)
         if made is None or not made.facts.get("columns", True):
-            return []
-        found = []
-        for name in ((arms.get(arm) or {}).get("references") or {}).get("names") or references:
-            after = (references.get(name) or {}).get("after")
-            found += [*folders(after), f"train/{after}-seed{first}"] if after else []
+            return found
+        for name in ((arms[arm] or {}).get("references") or {}).get("names") or references:
+            trained = (references.get(name) or {}).get("after")
+            found += [*folders(trained), f"train/{trained}-seed{seed}"] if trained else []
             found += [reference_folder(name), f"scores/{name}"]
         return [name for name in dict.fromkeys(found) if name in stages]
 
     return {arm: folders(arm) for arm in arms}
+
+
+def _is_training(folder: str, arm: str) -> bool:
+    return re.fullmatch(rf"train/{re.escape(arm)}-seed\d+", folder) is not None
 
 
 def _blocks(run: Path, evaluated: dict[str, Manifest]) -> dict[tuple[str, int, str], BlockSums]:

@@ -199,12 +199,18 @@ def label_share(steps: Sequence[Step], label: str) -> float | None:
 
 
 def _seconds(run: Run, arm: str, seed: int, tokens: float) -> float | None:
-    """Seconds of one training until so many tokens were seen; None if that is not known."""
-    clock = training_clock(run.steps.get((arm, seed), []))
-    if not clock or tokens > clock[-1][0]:
+    """Seconds of training until so many tokens were seen, of the arm and those it goes on after; None if not known."""
+    clock, began, spent = training_clock(run.steps.get((arm, seed), [])), 0, 0.0
+    if after := run.after.get(arm):
+        began = max((row.tokens_seen for row in run.curve(after, seed, run.target)), default=0)
+        whole = _seconds(run, after, seed, began)
+        if whole is None:
+            return None
+        spent = whole
+    if not clock or not 0 <= tokens - began <= clock[-1][0]:
         return None
     seen, seconds = zip((0, 0.0), *clock, strict=True)
-    return float(np.interp(tokens, seen, seconds))
+    return spent + float(np.interp(tokens - began, seen, seconds))
 
 
 def _share(part: float | None, whole: float | None) -> float | None:
