@@ -185,7 +185,7 @@ Shares of tokens by what becomes of their loss over the checkpoints (App. D.1; a
 nats), on a held-out part of the noisy corpus.
 
     rho run recipes/math-demo.yaml
-    rho run recipes/demo.yaml --set train.arguments.save_steps=22 --set 'dynamics={{set: noisy, arms: [clm]}}'
+    rho run recipes/demo.yaml --set train.arguments.save_steps=22 --set 'dynamics={{set: noisy, arms: [clm, slm]}}'
     python benchmarks/dynamics.py runs runs/math-demo runs/demo
 
 | run | arm | tokens | checkpoints | H→H | L→H | H→L | L→L |
@@ -198,11 +198,12 @@ checkpoint (L→L). Ours start from random weights, the first checkpoint stands 
 every token that will be learned is learned between the first and the last: it is H→L.
 
 """
-LABELS = """Of {run}, by kind of text, what the checkpoints of {arm} would select at its ratio, and on how many tokens
-the last one is worse than the reference (excess above 0):
+LABELS = """Of {run}, by kind of text: the share of the tokens that an arm's last checkpoint would select (all blocks of
+the followed text ranked at once, but for scope `sequence`), and in parentheses the share on which it is worse than the
+reference (excess above 0).
 
-| label | tokens | selected, mean | selected, last | excess above 0 |
-|---|---|---|---|---|
+| label | tokens | {arms} |
+|---|---|{columns}
 {rows}
 
 """
@@ -226,10 +227,9 @@ def dynamics_section(found: dict[str, Any], cost: dict[str, Any]) -> str:
         for run, arm, one in arms
     ]
     page = DYNAMICS.format(rows="\n".join(rows))
-    for run, arm, one in arms:
-        if one["labels"]:
-            labels = "\n".join(label_row(name, shares) for name, shares in one["labels"].items())
-            page += LABELS.format(run=run, arm=arm, rows=labels) + content_over_markup(one["labels"])
+    for run, of_run in found["runs"].items():
+        if selective := {arm: one["labels"] for arm, one in of_run.items() if one["labels"]}:
+            page += labels_table(run, selective)
     costs = [
         f"| {kind} | {row['seconds']:.0f} | {row['tokens_per_second']:,} | {row['peak_memory_mib']:,} MiB |"
         for kind, row in cost["rows"].items()
@@ -237,22 +237,22 @@ def dynamics_section(found: dict[str, Any], cost: dict[str, Any]) -> str:
     return page + LINE_FIT.format(**{**cost, "rows": "\n".join(costs)})
 
 
-def content_over_markup(labels: dict[str, Any]) -> str:
-    """How much rather content is selected than markup, where a run has both."""
-    if not {"content", "markup"} <= labels.keys():
-        return ""
-    selected, above = (labels["content"][key][-1] / labels["markup"][key][-1] for key in ("share", "excess_above_0"))
-    return (
-        f"Content is selected {selected:.1f} times as often as markup by the last checkpoint,\nits excess is above 0 "
-        f"{above:.1f} times as often: tokens with an excess above 0 do not fill the ratio.\n\n"
-    )
-
-
-def label_row(name: str, found: dict[str, Any]) -> str:
-    """One kind of text, as a table row."""
-    shares = found["share"]
-    above = found["excess_above_0"][-1]
-    return f"| {name} | {found['eligible']:,} | {sum(shares) / len(shares):.1%} | {shares[-1]:.1%} | {above:.1%} |"
+def labels_table(run: str, arms: dict[str, dict[str, Any]]) -> str:
+    """What the arms of a run select of each kind of text, and how much rather content than markup where it has both."""
+    first, keys = next(iter(arms.values())), ("share", "excess_above_0")
+    rows = [
+        f"| {label} | {of['eligible']:,} | "
+        + " | ".join("{:.1%} ({:.1%})".format(*(labels[label][key][-1] for key in keys)) for labels in arms.values())
+        + " |"
+        for label, of in first.items()
+    ]
+    if {"content", "markup"} <= first.keys():
+        cells = [
+            "{:.1f} ({:.1f})".format(*(labels["content"][key][-1] / labels["markup"][key][-1] for key in keys))
+            for labels in arms.values()
+        ]
+        rows.append(f"| content / markup | | {' | '.join(cells)} |")
+    return LABELS.format(run=run, arms=" | ".join(arms), columns="---|" * len(arms), rows="\n".join(rows))
 
 
 STEPS = """## The training step
