@@ -141,12 +141,12 @@ def test_the_difference_to_the_baseline_is_that_of_the_last_checkpoints_over_com
         "seeds": 2,
     }
     assert list(summary["differences"]) == ["slm"]
-    assert ">minus clm's</th>" in page and "-1.600 (-2.100 to -1.100)" in page
+    assert "the difference\nto clm with" in page and "-1.600 (-2.100 to -1.100)" in page
 
 
 def test_a_run_without_losses_by_block_has_no_differences(run: Path) -> None:
     page, summary = report(run)
-    assert summary["differences"] == {"slm": {}} and "minus clm" not in page
+    assert summary["differences"] == {"slm": {}} and "the difference\nto clm" not in page
 
 
 def test_a_damaged_file_of_blocks_is_named(run: Path) -> None:

@@ -27,6 +27,7 @@ def render(run: Run, summary: dict[str, Any]) -> str:
         evaluations=[row for row in run.evaluations if row.set == run.target and row.arm != REFERENCE],
         target_plots=_target_plots(run, summary),
         results=_results(summary),
+        sets=_sets(summary),
         selective=[arm for arm in run.arms if run.selective(arm)],
         plots=_step_plots(run),
         filtered=_filtered_rows(run),
@@ -123,26 +124,31 @@ def _step_plots(run: Run) -> dict[str, Any]:
 
 
 def _results(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of results: every arm on every set, then the reference models."""
+    """Rows of the table of results: every arm with its losses on all sets side by side, then the reference models."""
     trained = {arm: list(seeds.values()) for arm, seeds in summary["arms"].items()}
     rows = []
     for arm, seeds in [*trained.items(), *((f"{name} model", [one]) for name, one in summary["references"].items())]:
-        for name in sorted({name for one in seeds for name in one["final"]}, key=lambda n: (n != summary["target"], n)):
-            rows.append(
-                {
-                    "arm": arm,
-                    "set": name,
-                    "seeds": len(seeds) if arm in trained else None,
-                    "difference": summary["differences"].get(arm, {}).get(name),
-                    "loss": [one["final"][name]["loss"] for one in seeds if name in one["final"]],
-                    "bits": [one["final"][name]["bits_per_byte"] for one in seeds if name in one["final"]],
-                    **{
-                        key: _mean(one[key] for one in seeds)
-                        for key in ("tokens_seen", "tokens_selected", "tokens_per_second")
-                    },
-                }
-            )
-    return rows
+        finals = {name: [one["final"][name] for one in seeds if name in one["final"]] for name in _sets(summary)}
+        rows.append(
+            {
+                "arm": arm,
+                "seeds": len(seeds) if arm in trained else None,
+                "loss": {name: [final["loss"] for final in found] for name, found in finals.items()},
+                "bits": {name: [final["bits_per_byte"] for final in found] for name, found in finals.items()},
+                "differences": {name: summary["differences"].get(arm, {}).get(name) for name in finals},
+                **{
+                    key: _mean(one[key] for one in seeds)
+                    for key in ("tokens_seen", "tokens_selected", "tokens_per_second")
+                },
+            }
+        )
+    return [row for row in rows if any(row["loss"].values())]
+
+
+def _sets(summary: dict[str, Any]) -> list[str]:
+    """The sets that any model was evaluated on, the target first."""
+    models = [one for seeds in summary["arms"].values() for one in seeds.values()] + [*summary["references"].values()]
+    return sorted({name for one in models for name in one["final"]}, key=lambda name: (name != summary["target"], name))
 
 
 def _domain_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, int, list[list[float | None]]]]:
