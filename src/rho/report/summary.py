@@ -73,15 +73,22 @@ def tokens_to_loss(curve: Sequence[Evaluation], goal: float) -> tuple[float, flo
     at or below the goal gives its first checkpoint, which is an upper bound.
     """
     points = [point for point in curve if math.isfinite(point.loss)]
-    for before, after in zip([None, *points], points, strict=False):
-        if after.loss <= goal:
-            if before is None:
-                return float(after.tokens_seen), float(after.tokens_selected)
-            part = (before.loss - goal) / (before.loss - after.loss)
-            return (
-                before.tokens_seen + part * (after.tokens_seen - before.tokens_seen),
-                before.tokens_selected + part * (after.tokens_selected - before.tokens_selected),
-            )
+    along = [(float(point.tokens_seen), float(point.tokens_selected)) for point in points]
+    found = come_down([point.loss for point in points], along, goal)
+    return None if found is None else (found[0], found[1])
+
+
+def come_down(losses: Sequence[float], along: Sequence[Sequence[float]], goal: float) -> tuple[float, ...] | None:
+    """Where losses first come down to `goal`, in every coordinate of `along`; None if they never do.
+
+    Linear between the points; a first one at or below the goal is an upper bound.
+    """
+    for n, loss in enumerate(losses):
+        if loss <= goal:
+            if n == 0:
+                return tuple(along[0])
+            part = (losses[n - 1] - goal) / (losses[n - 1] - loss)
+            return tuple(a + part * (b - a) for a, b in zip(along[n - 1], along[n], strict=True))
     return None
 
 
