@@ -114,7 +114,7 @@ def loss_at(curve: dict[str, list[float]], along: str, where: float) -> float | 
 
 
 def at_equal(run: Line, base: Line) -> dict[str, float | None]:
-    """Target loss less that of `base` at equal tokens trained on, and at equal seconds: of training, and all counted."""
+    """Target loss less that of `base` at equal tokens trained on, equal seconds of training, equal seconds in all."""
     curve, other = run["curve"], base["curve"]
     trained_on = loss_at(other, "selected", curve["selected"][-1])
     limit = other["seconds"][-1]
