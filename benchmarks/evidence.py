@@ -44,6 +44,7 @@ from rho.report.data import CONFIG, reference_folder
 from rho.runs import MANIFEST, Manifest, atomic_write, environment, hash_json, read_manifest, write_json
 from rho.sources import source_hashes
 from rho.tokenizer import Tokenizer
+from rho.train import DEFAULT_ARGUMENTS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DATA = "../shared/data"  # in the recipes
@@ -223,6 +224,9 @@ class Experiment:
         corpora = self.pipeline.sets()
         config = EvaluateConfig(**self.config.evaluate.model_dump(exclude={"sets", "explore"}))
         out = self.folder / "evidence" / folders[-1].name
+        made_with = read_manifest(folders[-1], "train").config["arguments"]
+        every = made_with.get("save_steps", DEFAULT_ARGUMENTS["save_steps"])  # an interruption leaves others between
+        checkpoints = [one for one in checkpoints[:-1] if (one.step or 0) % every == 0] + checkpoints[-1:]
         curve = _lines(evaluate(config, checkpoints, {self.config.target: corpora[self.config.target]}, out), out)
         last = out.with_name(f"{out.name}-last")
         made = evaluate(config, checkpoints[-1:], {name: corpora[name] for name in self.sets}, last)
