@@ -32,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from evidence_results import RESULTS, read_lines, write_page
+from pydantic import BaseModel
 
 from rho.compare import BlockSums, read_blocks
 from rho.config import RunConfig, load_config, save_config, validated
@@ -58,13 +59,16 @@ def load_experiment(recipe: Path, folder: str | None, overrides: Sequence[str]) 
     config = load_config(recipe, overrides)
     if folder is None:
         return config
-    tree = json.dumps(config.model_dump(mode="json", exclude_defaults=True))
+    tree = json.dumps(_set(config))
     moved = tree.replace(f'"{DATA}/', f"{json.dumps(str(Path(folder)))[:-1]}/")
     return validated(RunConfig, json.loads(moved), str(recipe))
 
 
 class Identity:
-    """What decides a run's result, as one hash: settings and texts, wherever they are; neither machine nor version."""
+    """What decides a run's result, as one hash: settings and texts, wherever they are; neither machine nor version.
+
+    Settings left at their defaults are left out, so that a new one does not make old runs strange.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -74,7 +78,8 @@ class Identity:
         config, section = self.config, self.config.train.arms[arm]
         return hash_json(
             {
-                "train": config.train.arm(arm, seed).model_dump(mode="json"),
+                "train": _set(config.train.arm(arm, seed)),
+                "seed": seed,
                 "text": self.text(section.corpus or config.corpus),
                 "start": self.run(section.after, seed) if section.after else self.start(),
                 "references": {name: self.reference(name) for name in config.references_of(arm)},
@@ -87,8 +92,7 @@ class Identity:
         config = self.config.references[name]
         after = config.after and self.run(config.after, self.config.train.seeds[0])
         places = {"corpus": config.corpus and self.text(config.corpus), "after": after, "start": self.start()}
-        score = self.config.score.model_dump(mode="json")
-        return hash_json({**config.model_dump(mode="json"), **places, "score": score, "sets": self.sets()})
+        return hash_json({**_set(config), **places, "score": _set(self.config.score), "sets": self.sets()})
 
     def start(self) -> Any:
         """What the arms start from."""
@@ -108,7 +112,7 @@ class Identity:
         config = self.config.tokenizer
         if config.path is not None:
             return Tokenizer.load(config.path, config.eos).fingerprint
-        return hash_json([config.model_dump(), [_text(self.config.corpora[name], "") for name in config.corpora]])
+        return hash_json([_set(config), [_text(self.config.corpora[name], "") for name in config.corpora]])
 
 
 @cache
@@ -117,8 +121,13 @@ def _contents(sources: tuple[str, ...]) -> list[str]:
 
 
 def _text(config: CorpusConfig, tokenizer: str) -> str:
-    settings = config.model_dump(mode="json", exclude={"sources", "shard_blocks"})
+    settings = {key: value for key, value in _set(config).items() if key not in ("sources", "shard_blocks")}
     return hash_json([tokenizer, settings, _contents(tuple(config.sources))])
+
+
+def _set(config: BaseModel) -> dict[str, Any]:
+    """The settings that are not left at their defaults."""
+    return config.model_dump(mode="json", exclude_defaults=True)
 
 
 class Experiment:
@@ -173,7 +182,7 @@ class Experiment:
             identity,
             [self.pipeline.train_folder(one, seed) for one in lineage],
             self.pipeline.checkpoints(arm, seed),
-            settings=section.model_dump(mode="json", exclude_defaults=True),
+            settings=_set(section),
             reference_seconds={name: _seconds([self._reference_folder(name)])[-1][1] for name in sorted(names)},
             scoring_seconds={name: self.spent().get(name, 0.0) for name in sorted(names)},
         )
@@ -194,8 +203,7 @@ class Experiment:
         self.pipeline.reference(name)
         label, identity, folder = reference_folder(name), self.identity.reference(name), self._reference_folder(name)
         if config.corpus is not None and not self.recorded(label, config.seed, identity):
-            settings = config.model_dump(mode="json", exclude_defaults=True)
-            self.add(label, config.seed, identity, [folder], checkpoints_of(folder, label), settings=settings)
+            self.add(label, config.seed, identity, [folder], checkpoints_of(folder, label), settings=_set(config))
         if not config.online:
             with self.timed(name, self.pipeline.scores_folder(name)):
                 self.pipeline.scores(name)
