@@ -167,31 +167,28 @@ class Experiment:
     def train(self, arm: str, seed: int) -> None:
         """Do one run, after the references that it needs, and add it to the results."""
         lineage = self.config.lineage(arm)
-        for before in lineage:
-            for name in self.config.references_of(before):
-                self.reference(name)
+        self.prepare(lineage)
         self.pipeline.train(arm, seed)
-        identity = self.identity.run(arm, seed)
-        if self.recorded(arm, seed, identity):  # what a later reference goes on after
-            return
-        section = self.config.train.arms[arm]
-        names = {n for one in lineage for n in self.config.references_of(one) if self._selects(one)}
+        section, references = self.config.train.arms[arm], self.config.references
+        selecting = [one for one in lineage if self.config.train.arms[one].selector.columns]
+        names = sorted({name for one in selecting for name in self.config.references_of(one)})
+        trained = [name for name in names if references[name].corpus is not None]
         self.add(
             arm,
             seed,
-            identity,
+            self.identity.run(arm, seed),
             [self.pipeline.train_folder(one, seed) for one in lineage],
             self.pipeline.checkpoints(arm, seed),
             settings=_set(section),
-            reference_seconds={name: _seconds([self._reference_folder(name)])[-1][1] for name in sorted(names)},
-            scoring_seconds={name: self.spent().get(name, 0.0) for name in sorted(names)},
+            reference_seconds={name: _seconds([self.folder / reference_folder(name)])[-1][1] for name in trained},
+            scoring_seconds={name: self.spent().get(name, 0.0) for name in names},
         )
 
-    def _selects(self, arm: str) -> bool:
-        return bool(self.config.train.arms[arm].selector.columns)
-
-    def _reference_folder(self, name: str) -> Path:
-        return self.folder / reference_folder(name)
+    def prepare(self, arms: Sequence[str]) -> None:
+        """Make the references that these arms need."""
+        for arm in arms:
+            for name in self.config.references_of(arm):
+                self.reference(name)
 
     def reference(self, name: str) -> None:
         """Train a reference, record what it is itself worth, and let it score."""
@@ -199,10 +196,12 @@ class Experiment:
         if name in self.ready:
             return
         if config.after is not None:
-            self.train(config.after, self.config.train.seeds[0])
+            self.prepare(self.config.lineage(config.after))
+            self.pipeline.train(config.after, self.config.train.seeds[0])
         self.pipeline.reference(name)
-        label, identity, folder = reference_folder(name), self.identity.reference(name), self._reference_folder(name)
+        label, identity = reference_folder(name), self.identity.reference(name)
         if config.corpus is not None and not self.recorded(label, config.seed, identity):
+            folder = self.folder / label
             self.add(label, config.seed, identity, [folder], checkpoints_of(folder, label), settings=_set(config))
         if not config.online:
             with self.timed(name, self.pipeline.scores_folder(name)):

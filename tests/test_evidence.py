@@ -37,13 +37,16 @@ def recipe(tmp_path_factory, architecture) -> Path:
             "test": {"sources": [places["test"]], **held_out},
         },
         "model": {"architecture": architecture},
-        "reference": {"corpus": "curated", "arguments": STEPS},
+        "references": {
+            "reference": {"corpus": "curated", "arguments": STEPS},
+            "second": {"corpus": "curated", "after": "slm", "arguments": STEPS},
+        },
         "corpus": "noisy",
         "target": "target",
         "train": {
             "arms": {
                 "clm": {},
-                "slm": {"ratio": 0.6},
+                "slm": {"ratio": 0.6, "references": {"names": ["reference"]}},
                 "mixed": {"corpus": "mixed"},
                 "later": {"after": "slm", "corpus": "curated", "arguments": {"max_steps": 2}},
             },
@@ -86,8 +89,8 @@ def test_a_run_is_the_same_wherever_its_texts_are_and_whatever_other_arms_do(rec
     ("override", "changed"),
     [
         ("train.arms.mixed.arguments.max_steps=5", {"mixed"}),
-        ("train.arms.slm.ratio=0.3", {"slm", "later"}),
-        ("reference.arguments.max_steps=3", {"clm", "slm", "later"}),
+        ("train.arms.slm.ratio=0.3", {"slm", "later", "clm"}),  # the second reference goes on after it
+        ("references.reference.arguments.max_steps=3", {"clm", "slm", "later"}),
         ("score.dtype=float32", {"clm", "slm", "later"}),
         ("corpora.test.max_tokens=100", {"clm", "slm", "mixed", "later"}),
         ("model.architecture.hidden_size=32", {"clm", "slm", "mixed", "later"}),
@@ -134,6 +137,7 @@ def test_the_experiment_goes_on_where_it_was_stopped_and_records_every_run_once(
     assert [(run["model"], run["seed"]) for run in parts] == [
         *((arm, seed) for arm in ("clm", "later", "mixed") for seed in (0, 1)),
         ("reference", 0),
+        ("reference-second", 0),
         *(("slm", seed) for seed in (0, 1)),
     ]
     for one, other in zip(whole, parts, strict=True):
@@ -141,7 +145,8 @@ def test_the_experiment_goes_on_where_it_was_stopped_and_records_every_run_once(
             assert line["curve"].pop("seconds")[-1] > 0
             for key in ("reference_seconds", "scoring_seconds"):
                 line.pop(key, None)
-            line["hashes"].pop("scores:reference", None)  # it names the reference by its folder
+            for name in ("reference", "second"):
+                line["hashes"].pop(f"scores:{name}", None)  # they name the reference by its folder
         assert one == other
     assert len(list((tmp_path / "parts" / "train").glob("*/checkpoints"))) == 0
     assert "slm" in section(read_lines(tmp_path / "parts.jsonl"), tmp_path)
