@@ -258,7 +258,6 @@ class Experiment:
             "final": {
                 row["set"]: {key: round(row[key], 5) for key in ("loss", "bits_per_byte")} for row in _lines(made, last)
             },
-            "sources": _sources(last, self.sets[0]),
             "units": {sums.set: _units(sums, corpora[sums.set]) for sums in read_blocks(last, made)},
             **more,
             "hashes": _hashes(folders[-1]),
@@ -295,16 +294,6 @@ def _seconds(folders: Sequence[Path]) -> list[tuple[int, float]]:
 def _lines(made: Manifest, folder: Path) -> list[dict[str, Any]]:
     assert made.status == "complete"
     return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
-
-
-def _sources(folder: Path, name: str) -> dict[str, dict[str, float]]:
-    """Of one set: loss and tokens of the documents of each source."""
-    rows = [json.loads(line) for line in (folder / "domains.jsonl").read_text().splitlines()]
-    return {
-        row["domain"]: {"loss": round(row["loss"], 5), "tokens": row["tokens"]}
-        for row in rows
-        if row["set"] == name and row["by"] == "source"
-    }
 
 
 def _units(sums: BlockSums, corpus: Corpus) -> dict[str, list[float]]:

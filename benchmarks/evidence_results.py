@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rho.report.plots import COLOURS, STYLE
 from rho.report.summary import come_down
 
 RESULTS = Path(__file__).parent / "results"
-BASE = "clm"
+BASE, TEST = "clm", "test"
 Line = dict[str, Any]
 
 
@@ -34,7 +34,8 @@ class Runs:
 
     Attributes:
         lines: by model, then seed.
-        sets: the final sets; the first one is the target's test text.
+        tests: the final sets of the target's kind of text, whose names begin with `test`: their tokens count together.
+        others: the other final sets.
         first: a run that stands for all: of CLM, where there is one.
         random: the arm that selects at random.
     """
@@ -46,7 +47,10 @@ class Runs:
         self.arms = [name for name in self.lines if not is_reference(name)]
         self.references = [name for name in self.lines if is_reference(name)]
         self.first = self.of(BASE if BASE in self.lines else [*self.arms, *self.references][0])[0]
-        self.name, self.sets = self.first["experiment"], list(self.first["final"])
+        self.name = self.first["experiment"]
+        final = list(self.first["final"])
+        self.tests = [name for name in final if name.startswith(TEST)] or final[:1]
+        self.others = [name for name in final if name not in self.tests]
         self.random = next((arm for arm in self.arms if self.of(arm)[0]["settings"].get("score") == "random"), None)
 
     def of(self, model: str) -> list[Line]:
@@ -61,24 +65,34 @@ class Runs:
         return [(own[seed], others[seed]) for seed in sorted(own.keys() & others.keys())]
 
 
-def difference(pairs: Sequence[tuple[Line, Line]], name: str) -> tuple[float, float, float] | None:
-    """Loss of the first runs minus that of the second on a set, and its 95 % interval over text, means over the pairs.
+def loss(run: Line, sets: Sequence[str]) -> float:
+    """Final loss on the tokens of some sets together."""
+    nats, tokens = (sum(sum(run["units"][name][of]) for name in sets) for of in ("nats", "tokens"))
+    return nats / tokens
+
+
+def difference(pairs: Sequence[tuple[Line, Line]], sets: Sequence[str]) -> tuple[float, float, float] | None:
+    """Loss of the first runs less that of the second on some sets, and its 95 % interval over text, means over pairs.
 
     What is drawn are stretches of held-out text, each with the losses of all these runs in it.
     """
     if not pairs:
         return None
-    first_U, second_U = (np.mean([pair[n]["units"][name]["nats"] for pair in pairs], 0) for n in (0, 1))
-    tokens_U = np.array(pairs[0][0]["units"][name]["tokens"])
+
+    def joined(run: Line, of: str) -> np.ndarray:
+        return np.concatenate([run["units"][name][of] for name in sets])
+
+    first_U, second_U = (np.mean([joined(pair[n], "nats") for pair in pairs], 0) for n in (0, 1))
+    tokens_U = joined(pairs[0][0], "tokens")
     if len(tokens_U) < 2:
         return None
     found = paired_bootstrap(first_U, second_U, tokens_U)
     return found.difference, found.low, found.high
 
 
-def each_seed(pairs: Sequence[tuple[Line, Line]], name: str) -> list[float]:
-    """Differences of the final losses on a set, seed by seed."""
-    return [first["final"][name]["loss"] - second["final"][name]["loss"] for first, second in pairs]
+def each_seed(pairs: Sequence[tuple[Line, Line]], sets: Sequence[str]) -> list[float]:
+    """Differences of the final losses on some sets, seed by seed."""
+    return [loss(first, sets) - loss(second, sets) for first, second in pairs]
 
 
 def extra_seconds(run: Line) -> float:
@@ -129,21 +143,21 @@ def at_equal(run: Line, base: Line) -> dict[str, float | None]:
 PAGE = """## {title}
 
 {parameters:.3g} M parameters, {tokens:.3g} M tokens a run, seeds {seeds}; the arms of a seed start from the same
-weights. Losses are nats a token on `{test}` ({test_tokens:,} tokens, its sources together) at equal tokens processed.
+weights. Losses are nats a token on `test` ({tests}: their tokens together) at equal tokens processed.
 *Less CLM* is the mean difference over the seeds, with its 95 % interval over held-out text (paired bootstrap). A
 reference is trained once; what it loses itself stands below the arms.
 
     {command}
 
-| arm | {test} | less CLM | each seed | less random, each seed | {others} | selected |
+| arm | test | less CLM | each seed | less random, each seed | {others} | selected |
 |---|---|---|---|---|{rule}---|
 {main}
 
-By source, means over the seeds:
+By set, means over the seeds:
 
-| arm | {sources} |
-|---|{source_rule}
-{by_source}
+| arm | {sets} |
+|---|{set_rule}
+{by_set}
 
 What it takes to come down to CLM's final loss on `{target}` (other documents of the same sources), as shares of what
 CLM of the same seed took, interpolated between checkpoints, means over the seeds. Seconds are {clock} ({devices}); *all
@@ -154,6 +168,10 @@ CLM's seconds of training, and at CLM's seconds with all counted.
 | arm | tokens | of them selected | seconds | all counted | equal selected | equal seconds | all counted |
 |---|---|---|---|---|---|---|---|
 {costs}
+
+| goal, of the arms that select by excess loss | asked | found |
+|---|---|---|
+{goals}
 
 Loss on `{target}` along the way, means over the seeds, by million tokens:
 
@@ -171,10 +189,9 @@ def section(lines: Sequence[Line], folder: Path, title: str | None = None) -> st
     """The tables of one experiment as Markdown; its plot is written to `folder`."""
     runs = Runs(lines)
     models = [*runs.arms, *runs.references]
-    test, *others = runs.sets
     everything = [run for model in models for run in runs.of(model)]
-    sources = {model: by_source(runs, model) for model in models}
-    names = list(sources[models[0]])
+    sets = [*runs.tests, *runs.others]
+    sizes = {name: int(sum(runs.first["units"][name]["tokens"])) for name in runs.tests}
     columns = [f"{tokens / 1e6:.3g}" for tokens in runs.first["curve"]["tokens"]]
     draw(runs, folder / f"{runs.name}.svg")
     return PAGE.format(
@@ -182,20 +199,20 @@ def section(lines: Sequence[Line], folder: Path, title: str | None = None) -> st
         parameters=runs.first["parameters"] / 1e6,
         tokens=runs.first["train_tokens"] / 1e6,
         seeds=", ".join(map(str, runs.first["seeds"])),
-        test=test,
-        test_tokens=int(sum(runs.first["units"][test]["tokens"])),
+        tests=", ".join(f"{name} {size:,} tokens" for name, size in sizes.items()),
         target=runs.first["target"],
         command=f"python benchmarks/evidence.py --size {runs.name.removeprefix('evidence-')}",
-        others=" | ".join(f"`{name}`, less CLM" for name in others),
-        rule="---|" * len(others),
+        others=" | ".join(f"`{name}`, less CLM" for name in runs.others),
+        rule="---|" * len(runs.others),
         main="\n".join(_row(main_cells(runs, model)) for model in models),
-        sources=" | ".join(names),
-        source_rule="---|" * len(names),
-        by_source="\n".join(_row([m, *(f"{sources[m][name]:.4f}" for name in names)]) for m in models),
+        sets=" | ".join(sets),
+        set_rule="---|" * len(sets),
+        by_set="\n".join(_row([m, *(_mean(losses(runs, m, [name])) for name in sets)]) for m in models),
         clock=runs.first["clock"],
         devices=", ".join(sorted({device(run) for run in everything})),
         spent=spent(everything),
         costs="\n".join(_row(cost_cells(runs, model)) for model in runs.arms if model != BASE),
+        goals="\n".join(_row(cells) for cells in goals(runs)),
         plot=f"{runs.name}.svg",
         steps=" | ".join(columns),
         step_rule="---|" * len(columns),
@@ -204,10 +221,9 @@ def section(lines: Sequence[Line], folder: Path, title: str | None = None) -> st
     )
 
 
-def by_source(runs: Runs, model: str) -> dict[str, float]:
-    """Final losses on the first set by source of the text, means over the seeds."""
-    found = [run["sources"] for run in runs.of(model)]
-    return {name: statistics.fmean(one[name]["loss"] for one in found) for name in found[0]}
+def losses(runs: Runs, model: str, sets: Sequence[str]) -> list[float]:
+    """Final losses of a model on some sets together, by seed."""
+    return [loss(run, sets) for run in runs.of(model)]
 
 
 def device(run: Line) -> str:
@@ -269,12 +285,12 @@ def draw(runs: Runs, path: Path) -> None:
         if shown:
             curves.legend(frameon=False, fontsize=7)
         for row, model in enumerate(others):
-            values = each_seed(runs.pairs(model, BASE), runs.sets[0])
+            values = each_seed(runs.pairs(model, BASE), runs.tests)
             dots.plot(values, [row] * len(values), "o", color=COLOURS[0], markersize=3)
         dots.axvline(0, color="#222222", linewidth=1)
         dots.set_yticks(range(len(others)), others, fontsize=7)
         dots.invert_yaxis()
-        dots.set(xlabel=f"loss on {runs.sets[0]} less CLM's, a dot each seed")
+        dots.set(xlabel="loss on test less CLM's, a dot each seed")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
@@ -306,16 +322,16 @@ def write_page(lines: Sequence[Line], folder: Path) -> Path:
 
 def main_cells(runs: Runs, model: str) -> list[str]:
     """A row of the main table."""
-    test, *others = runs.sets
+    test = runs.tests
     pairs, random = runs.pairs(model, BASE), runs.pairs(model, runs.random)
     to_base = [] if model == BASE else pairs
     return [
         model,
-        _mean([run["final"][test]["loss"] for run in runs.of(model)]),
+        _mean(losses(runs, model, test)),
         _interval(difference(to_base, test)),
         _signed(each_seed(to_base, test)),
         _signed(each_seed(random, test) if model not in (BASE, runs.random) else []),
-        *(_interval(difference(to_base, name)) for name in others),
+        *(_interval(difference(to_base, [name])) for name in runs.others),
         f"{statistics.fmean(run['ratio'] for run in runs.of(model)):.0%}",
     ]
 
@@ -334,6 +350,26 @@ def cost_cells(runs: Runs, model: str) -> list[str]:
         for what in ("selected", "seconds", "all")
     ]
     return [model, *shares, *differences]
+
+
+def goals(runs: Runs) -> Iterator[list[str]]:
+    """What selection by excess loss was to reach, and what it did: the best of its arms."""
+    departs = ("score", "corpus", "after")
+    plain = [arm for arm in runs.arms if arm != BASE and not any(key in runs.of(arm)[0]["settings"] for key in departs)]
+    for base, called in ((BASE, "CLM"), (runs.random, "random")):
+        pairs = {arm: each_seed(runs.pairs(arm, base), runs.tests) for arm in plain}
+        below = [arm for arm, found in pairs.items() if found and max(found) < 0]
+        yield [f"`test` loss below {called}'s for every seed", "all arms", f"{len(below)} of {len(pairs)} arms"]
+    for what, words, asked in (("tokens", "tokens", "0.5"), ("all", "seconds, all counted,", "1")):
+        reached = {arm: [to_target(run, base) for run, base in runs.pairs(arm, BASE)] for arm in plain}
+        means = {
+            arm: statistics.fmean(one[what] for one in found if one is not None)
+            for arm, found in reached.items()
+            if found and None not in found
+        }
+        best = min(means, key=means.__getitem__, default=None)
+        found = "by none" if best is None else f"{means[best]:.2f} ({best})"
+        yield [f"share of CLM's {words} to its final loss", f"at most {asked}", found]
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -180,9 +180,8 @@ def run(model: str, seed: int, losses: list[float], **more) -> dict:
             "seconds": [10.0 * n for n in steps],
             "loss": losses,
         },
-        "final": {name: {"loss": losses[-1], "bits_per_byte": 1.0} for name in ("test", "general")},
-        "sources": {"books": {"loss": losses[-1], "tokens": 30}},
-        "units": {name: {"nats": nats, "tokens": [10, 20]} for name in ("test", "general")},
+        "final": {name: {"loss": losses[-1], "bits_per_byte": 1.0} for name in ("test-a", "general", "test-b")},
+        "units": {name: {"nats": nats, "tokens": [10, 20]} for name in ("test-a", "general", "test-b")},
         "settings": {},
         "hashes": {"corpus": "c" * 64},
         "environment": {"device": "machine", "threads": 1},
@@ -210,11 +209,11 @@ def test_losses_at_equal_cost():
 
 def test_a_difference_is_the_mean_over_the_seeds_of_all_tokens():
     pairs = [(run("slm", seed, [2.0 + seed]), run("clm", seed, [3.0])) for seed in (0, 1)]
-    found = difference(pairs, "test")
+    found = difference(pairs, ["test-a", "test-b"])
     assert found is not None
     assert found[0] == pytest.approx(-0.5)
     assert found[1] <= found[0] <= found[2]
-    assert difference([], "test") is None
+    assert difference([], ["test-a"]) is None
 
 
 def test_the_page_has_every_arm_the_reference_and_the_latest_of_two_runs(tmp_path):
@@ -222,7 +221,7 @@ def test_the_page_has_every_arm_the_reference_and_the_latest_of_two_runs(tmp_pat
     lines += [run("random", seed, [5.0, 4.5], settings={"score": "random"}) for seed in (0, 1)]
     lines += [run("slm", seed, [4.5, 9.0 if again else 3.5]) for again in (1, 0) for seed in (0, 1)]
     page = section(lines, tmp_path)
-    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.split("By source")[0].splitlines()}
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.split("By set")[0].splitlines()}
     assert rows["clm"][1:3] == ["4.0000", "-"]
     assert rows["slm"][1].startswith("3.5000")
     assert (rows["slm"][3], rows["slm"][4]) == ("-0.500 -0.500", "-1.000 -1.000")
