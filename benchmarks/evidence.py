@@ -23,6 +23,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -230,13 +231,15 @@ class Experiment:
         """Evaluate a training's checkpoints on the target, the last one on every other set, and add its line."""
         corpora = self.pipeline.sets()
         config = EvaluateConfig(**self.config.evaluate.model_dump(exclude={"sets", "explore"}))
-        out = self.folder / "evidence" / folders[-1].name
         made_with = read_manifest(folders[-1], "train").config["arguments"]
         every = made_with.get("save_steps", DEFAULT_ARGUMENTS["save_steps"])  # an interruption leaves others between
-        checkpoints = [one for one in checkpoints[:-1] if (one.step or 0) % every == 0] + checkpoints[-1:]
-        curve = _lines(evaluate(config, checkpoints, {self.config.target: corpora[self.config.target]}, out), out)
-        last = out.with_name(f"{out.name}-last")
-        made = evaluate(config, checkpoints[-1:], {name: corpora[name] for name in self.sets}, last)
+        last = replace(checkpoints[-1], model=str(folders[-1] / "model"), content=None)
+        regular = [one for one in checkpoints[:-1] if (one.step or 0) % every == 0 and Path(one.model).is_dir()]
+        out = self.folder / "evidence" / folders[-1].name
+        target = {self.config.target: corpora[self.config.target]}
+        curve = _lines(evaluate(config, [*regular, last], target, out), out)
+        out = out.with_name(f"{out.name}-last")
+        made = evaluate(config, [last], {name: corpora[name] for name in self.sets}, out)
         steps = [json.loads(line) for line in (folders[-1] / "steps.jsonl").read_text().splitlines()]
         logged, seconds = zip(*_seconds(folders), strict=True)
         line = {
@@ -247,7 +250,7 @@ class Experiment:
             "identity": identity,
             "seeds": self.config.train.seeds,
             "parameters": _parameters(folders[-1] / "model"),
-            "train_tokens": checkpoints[-1].tokens_seen,
+            "train_tokens": last.tokens_seen,
             "ratio": round(sum(one["selected"] for one in steps) / sum(one["eligible"] for one in steps), 4),
             "curve": {
                 "tokens": [row["tokens_seen"] for row in curve],
@@ -256,9 +259,9 @@ class Experiment:
                 "loss": [round(row["loss"], 5) for row in curve],
             },
             "final": {
-                row["set"]: {key: round(row[key], 5) for key in ("loss", "bits_per_byte")} for row in _lines(made, last)
+                row["set"]: {key: round(row[key], 5) for key in ("loss", "bits_per_byte")} for row in _lines(made, out)
             },
-            "units": {sums.set: _units(sums, corpora[sums.set]) for sums in read_blocks(last, made)},
+            "units": {sums.set: _units(sums, corpora[sums.set]) for sums in read_blocks(out, made)},
             **more,
             "hashes": _hashes(folders[-1]),
             "environment": {**environment(), "device": _device(), "threads": torch.get_num_threads()},
