@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-eval lint format bench clean
+.PHONY: demo test test-eval lint format bench evidence evidence-smoke clean
 
 demo: .venv/ready
 	$(BIN)/rho demo $(DEMO_ARGS)
@@ -29,6 +29,18 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/write_results.py
+
+evidence: .venv/ready
+	$(BIN)/python benchmarks/evidence.py $(EVIDENCE_ARGS)
+
+# The whole harness on tiny settings: stopped on the way, gone on with, every run recorded once.
+SMOKE := runs/evidence-smoke
+evidence-smoke: .venv/ready
+	rm -rf $(SMOKE)
+	$(BIN)/python benchmarks/evidence.py --size smoke --out runs --results $(SMOKE) --minutes 0.4
+	$(BIN)/python benchmarks/evidence.py --size smoke --out runs --results $(SMOKE)
+	test "$$(wc -l < $(SMOKE)/evidence-smoke.jsonl)" -eq 11
+	test -s $(SMOKE)/evidence.md -a -s $(SMOKE)/evidence-smoke.svg
 
 # `ready` is made last, so that an interrupted installation is done again.
 .venv/ready: pyproject.toml constraints.txt

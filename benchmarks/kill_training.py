@@ -135,7 +135,8 @@ def outcome(out: Path) -> dict[str, Any]:
     found["weights"] = (out / "model" / "model.safetensors").read_bytes()
     found["step log"] = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
     for record in found["step log"]:
-        del record["tokens_per_second"]
+        for clock in ("tokens_per_second", "seconds", "cpu_seconds"):
+            del record[clock]
     return found
 
 

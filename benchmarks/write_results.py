@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from evidence_results import sections as evidence_sections
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
 
@@ -391,7 +393,7 @@ def main() -> None:
     """Write the page."""
     demo, kills = (load(name) for name in ("demo", "kill_training"))
     recipes = [(file.stem, json.loads(file.read_bytes())) for file in sorted((HERE / "results" / "recipes").glob("*"))]
-    sections = [demo_section(demo)]
+    sections = [*evidence_sections(PAGE.parent), demo_section(demo)]
     if recipes:
         sections += [RECIPES, *(recipe_section(name, result["summary"]) for name, result in recipes)]
     sections.append(dynamics_section(*(load(name) for name in ("token-dynamics", "dynamics"))))

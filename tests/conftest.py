@@ -27,6 +27,7 @@ SENTENCES = (
     "def add(a, b):\n    return a + b",
     "Sums over one known count, never a mean of means.",
 )
+CLOCK = ("tokens_per_second", "seconds", "cpu_seconds")  # of a step record: never the same twice
 CODE = [sentence.startswith(("for", "def")) for sentence in SENTENCES]
 
 

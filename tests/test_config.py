@@ -107,6 +107,18 @@ def test_an_arms_own_arguments_go_on_top_of_those_of_all(load):
             "train.arms.slm.references.weights: name each of reference once",
         ),
         ({"train.arms.reference-2": {}}, "train.arms.reference-2: such a name is that of a reference"),
+        ({"train.arms.clm.corpus": "mixed"}, "train.arms.clm.corpus: no corpus 'mixed'; found curated, noisy, target"),
+        ({"train.arms.slm.corpus": "curated"}, "train.arms.slm: only 'noisy' is scored"),
+        (
+            {"train.arms.clm": {"corpus": "curated", "references": {"names": ["reference"]}}},
+            "train.arms.clm: only 'noisy' is scored",
+        ),
+        ({"train.arms.slm.after": "cml"}, "train.arms.slm.after: no arm 'cml'; found clm, slm"),
+        ({"train.arms.slm.after": "slm"}, "train.arms.slm.after: goes in a circle, slm after slm"),
+        (
+            {"train.arms": {"a": {"after": "b"}, "b": {"after": "c"}, "c": {"after": "b"}}},
+            "train.arms.a.after: goes in a circle, a after b after c after b",
+        ),
         ({"train.arms.a/b": {}}, "train.arms.a/b.[key]: String should match pattern"),
         ({"train.arms.slm.second": {"ratoi": 0.5}}, "train.arms.slm.second.ratoi: Unexpected keyword argument"),
         ({"train.arms.slm.schedule": {"points": [[1, 0.5]]}}, "schedule: Value error, a schedule's steps must rise"),
@@ -205,6 +217,22 @@ def test_an_arm_uses_all_references_or_those_it_names(load):
     names = {"train.arms.clm.references": {"names": ["first"]}}
     config = load({"reference": None, "references": two, **names})
     assert (config.references_of("clm"), config.references_of("slm")) == (["first"], ["first", "second"])
+
+
+def test_an_arm_may_train_on_another_corpus_and_go_on_after_another_arm(load):
+    arms = {"train.arms.mixed": {"corpus": "curated"}, "train.arms.slm.after": "clm"}
+    random = {"train.arms.random": {"corpus": "curated", "score": "random", "ratio": 0.5, "after": "slm"}}
+    config = load({**arms, **random})
+    assert [config.references_of(arm) for arm in ("clm", "mixed", "random")] == [["reference"], [], []]
+    assert [config.lineage(arm) for arm in ("clm", "random")] == [["clm"], ["clm", "slm", "random"]]
+    assert not {"corpus", "after"} & config.train.arm("random", 0).model_dump().keys()
+
+
+def test_a_reference_waits_for_those_of_all_the_arms_it_goes_on_after(load):
+    two = {"first": {"corpus": "curated"}, "second": {"corpus": "curated", "after": "later"}}
+    arms = {"clm": {"references": {"names": ["second"]}}, "later": {"corpus": "curated", "after": "clm"}}
+    with pytest.raises(ConfigError, match=r"references.second.after: no earlier reference 'second'; found first"):
+        load({"reference": None, "references": two, "train.arms": arms})
 
 
 def test_an_online_reference_is_a_model_that_is_here_and_the_only_one_of_its_arm(load):

@@ -236,6 +236,17 @@ def test_text_shorter_than_a_block_is_an_error_with_both_lengths(build):
         build(["123"])
 
 
+def test_documents_of_some_sources_only_can_be_kept(build):
+    sources = ["a", "book-1", "b", "book-2"]
+    records = [{"text": f"text number {n}", "id": str(n), "source": source} for n, source in enumerate(sources)]
+    kept = build(records, only_sources=["b*", "c"])
+    named = [name for row in range(len(Corpus(kept))) for name in Corpus(kept).row(row, ("source",))["source"].tolist()]
+    assert set(named) == {"book-1", "b", "book-2"}
+    assert content(kept) == content(build([record for record in records if record["source"] != "a"]))
+    with pytest.raises(DataError, match=r"0 tokens in 0 documents.*or look at only_sources \(c, d\)"):
+        build(records, only_sources=["c", "d"])
+
+
 def test_bad_records_are_listed_where_asked(tmp_path, tokenizer):
     source = tmp_path / "text.jsonl"
     source.write_text('{"text": "1234567"}\nnot json\n{"body": "x"}\n{"text": "1234567"}\n')

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from conftest import example_records, write_jsonl
+from conftest import CLOCK, example_records, write_jsonl
 from rho import cli, corpus, dynamics, evaluate, pipeline, score, tokenizer, train
 from rho.config import load_config
 from rho.errors import ConfigError, MismatchError
@@ -150,6 +150,36 @@ def test_references_of_another_size_and_of_a_later_round(finished, config_file):
     assert state(folder) == before
 
 
+def test_an_arm_on_another_corpus_and_one_that_goes_on_after_another(config_file):
+    """`later` is named before the arm that it goes on after; neither `mixed` nor `later` is scored."""
+    arms = "{clm: {}, later: {after: slm, corpus: curated, arguments: {max_steps: 2}}, slm: {ratio: 0.6}"
+    arms += ", mixed: {corpus: both}}"
+    curated, noisy = (str(config_file.parent / f"{name}.jsonl") for name in ("curated", "noisy"))
+    both = f"corpora.both={{sources: [{curated}, {noisy}], block_length: 16}}"
+    followed = "dynamics.arms=[slm, mixed]"
+    config = load_config(config_file, [f"train.arms={arms}", both, "train.seeds=[1]", followed])
+    folder = config_file.parent / "departures"
+    page = pipeline.run(config, folder)
+    made = {path.parent.name: read_manifest(path.parent) for path in (folder / "train").glob("*/manifest.json")}
+    corpora = {name: read_manifest(folder / "corpus" / name).fingerprint for name in config.corpora}
+    trained_on = {arm: made[f"{arm}-seed1"].inputs["corpus"] for arm in config.train.arms}
+    asked = {"clm": "noisy", "later": "curated", "slm": "noisy", "mixed": "both"}
+    assert trained_on == {arm: corpora[on] for arm, on in asked.items()}
+    unscored = {arm for arm in config.train.arms if not any("scores" in name for name in made[f"{arm}-seed1"].inputs)}
+    assert unscored == {"later", "mixed"}
+    slm = source_hash(ModelConfig(path=str(folder / "train" / "slm-seed1")))
+    assert made["later-seed1"].inputs["model"] == slm
+    summary = json.loads((page.parent / "summary.json").read_text())
+    seen = {arm: summary["arms"][arm]["1"]["tokens_seen"] for arm in config.train.arms}
+    assert seen == {"clm": 256, "later": 256 + 128, "slm": 256, "mixed": 256}
+    selected = {arm: summary["arms"][arm]["1"]["tokens_selected"] for arm in ("slm", "later")}
+    assert 0 < selected["slm"] < selected["later"]
+    assert "mixed" in page.read_text()
+    before = state(folder)
+    pipeline.run(config, folder)
+    assert state(folder) == before
+
+
 def parameters(stage: Path) -> int:
     return sum(weight.numel() for weight in load_file(stage / "model" / "model.safetensors").values())
 
@@ -246,7 +276,7 @@ def test_a_run_interrupted_in_every_stage_ends_like_one_that_was_not(finished, c
                 for run in (folder, finished)
             ]
             for row in rows[0] + rows[1]:
-                for key in ("model", "tokens_per_second", "seconds"):
+                for key in ("model", *CLOCK):
                     row.pop(key, None)
             assert rows[0] == rows[1]
 

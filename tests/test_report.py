@@ -221,12 +221,13 @@ def test_the_summary_holds_the_literal_numbers(run: Path) -> None:
 def timed(run: Path, config: str, columns: list[str]) -> Run:
     """The run with a config and step logs that tell the time: clm 60 s, slm 120 s for 600 tokens, a reference 50 s."""
     (run / "config.yaml").write_text(config)
-    clock = {"clm": 10.0, "slm": 5.0, "reference": 4.0}
-    for name, speed in clock.items():
+    clock = {"clm": 0.1, "slm": 0.2, "reference": 0.25}  # seconds a token
+    for name, pace in clock.items():
         folder = run / (name if name == "reference" else f"train/{name}-seed0")
         shutil.rmtree(folder, ignore_errors=True)
-        seen = (100, 200) if name == "reference" else (200, 600)
-        steps = [logged(k, 5, tokens_seen=n, tokens_per_second=speed) for k, n in zip((2, 6), seen, strict=True)]
+        first, last = (100, 200) if name == "reference" else (200, 600)
+        steps = [logged(2, 5, tokens_seen=first, seconds=first * pace)]
+        steps += [logged(6, 5, tokens_seen=last, seconds=(last - first) * pace)]
         put(folder, "steps.jsonl", steps, columns=columns if name == "slm" else [])
     put(run / "scores/reference", "none.jsonl", [])
     for arm, losses in (("clm", (5.0, 4.0, 3.0)), ("slm", (4.0, 2.0, 1.0))):
@@ -271,11 +272,11 @@ def test_an_arm_that_goes_on_after_another_took_its_time_too(run: Path) -> None:
     assert (slm["tokens_seen"], slm["seconds"]) == (900.0, 60.0 + 60.0)  # of clm, and 300 tokens at 5 a second
 
 
-def test_no_time_is_told_beyond_the_log_or_where_a_speed_is_missing() -> None:
-    def at(seen: int, speed: float) -> Step:
-        return Step(1, seen, 1, 1, 0.0, 0.0, 0.0, {}, {}, speed, {})
+def test_no_time_is_told_where_the_log_does_not_know_it() -> None:
+    def at(seen: int, seconds: float) -> Step:
+        return Step(1, seen, 1, 1, 0.0, 0.0, 0.0, {}, {}, 9.0, seconds, {})
 
-    assert training_clock([at(100, 10.0), at(300, 20.0)]) == [(100, 10.0), (300, 20.0)]
+    assert training_clock([at(100, 10.0), at(300, 20.0)]) == [(100, 10.0), (300, 30.0)]
     assert training_clock([at(100, 10.0), at(300, math.nan)]) == training_clock([]) == []
 
 

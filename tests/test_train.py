@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
+from conftest import CLOCK
 from rho.corpus import Corpus
 from rho.data import RowOrder, TrainingBlocks, collate
 from rho.errors import ConfigError, DataError, MismatchError, RhoError
@@ -47,7 +48,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def steps(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     for record in records:
-        record.pop("tokens_per_second")
+        for name in CLOCK:
+            record.pop(name)
     return records
 
 

@@ -20,7 +20,7 @@ from rho.references.api import ApiConfig
 from rho.report.data import REFERENCE, is_reference
 from rho.runs import atomic_write
 from rho.score import ScoreConfig
-from rho.train import Arguments, TrainConfig
+from rho.train import Arguments, References, TrainConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes part of a folder's name
 
@@ -90,21 +90,33 @@ class ScoreSection(ScoreConfig):
     workers: int = Field(1, ge=1)
 
 
+class ArmSection(TrainConfig):
+    """An arm: how it trains, and where it departs from the run.
+
+    `corpus`: another corpus than the run's to train on; nothing scores it, so its selection must need no reference.
+    `after`: it starts from the model that this arm has trained (with the same seed), not from the run's model.
+    """
+
+    corpus: str | None = None
+    after: str | None = None
+
+
 class TrainSection(_Section):
     """The arms: each trains `model` on the same corpus with its own selection, once for each seed.
 
     `arguments` holds for every arm; an arm's own `arguments` go on top.
     """
 
-    arms: dict[Name, TrainConfig] = Field(min_length=1)
+    arms: dict[Name, ArmSection] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1)
     arguments: Arguments = {}
     allow_weak_reference: bool = False
 
     def arm(self, name: str, seed: int) -> TrainConfig:
-        """The complete settings of one run."""
+        """The complete settings of one training."""
         arm = self.arms[name]
-        return arm.model_copy(update={"seed": seed, "arguments": {**self.arguments, **arm.arguments}})
+        settings = {field: getattr(arm, field) for field in TrainConfig.model_fields}
+        return TrainConfig(**{**settings, "seed": seed, "arguments": {**self.arguments, **arm.arguments}})
 
 
 class EvaluateSection(EvaluateConfig):
@@ -131,7 +143,7 @@ class RunConfig(_Section):
         model: what every arm, and a reference unless it says otherwise, starts from.
         references: by name, made in this order; `reference: ...` is short for one of that name. An arm uses all of them
             unless its `references.names` says which.
-        corpus: the noisy corpus that is scored and trained on.
+        corpus: the noisy corpus that is scored and trained on (by an arm that names no other).
         target: the corpus whose `validation` split is the wanted domain: it judges reference and arms.
         score, train, evaluate: settings of the stages.
         dynamics: of following single tokens over the checkpoints; left out unless given.
@@ -177,38 +189,65 @@ class RunConfig(_Section):
             "evaluate.sets": self.evaluate.sets,
             "evaluate.explore": [self.evaluate.explore] if self.evaluate.explore else [],
             "dynamics.set": [self.dynamics.set] if self.dynamics else [],
+            **{f"train.arms.{name}.corpus": [arm.corpus] for name, arm in self.train.arms.items() if arm.corpus},
         }
         for key, names in named.items():
             _check_known(key, "corpus", names, self.corpora)
+        for name, arm in self.train.arms.items():
+            _check_known(f"train.arms.{name}.after", "arm", [arm.after] if arm.after else [], self.train.arms)
         if self.dynamics and self.dynamics.arms:
             _check_known("dynamics.arms", "arm", self.dynamics.arms, self.train.arms)
         if self.target not in self.evaluate.sets:
             raise ValueError(f"evaluate.sets: the target '{self.target}' must be among them")
-        for arm in self.train.arms:
-            if is_reference(arm):
-                raise ValueError(f"train.arms.{arm}: such a name is that of a reference in the report")
-            names, weights = self.references_of(arm), self.train.arms[arm].references.weights
-            _check_known(f"train.arms.{arm}.references.names", "reference", names, self.references)
-            if any(self.references[name].online for name in names):
-                if len(names) > 1:
-                    raise ValueError(
-                        f"train.arms.{arm}: one that is online must be its only reference (references.names)"
-                    )
-                if self.train.arms[arm].scope == "dataset":
-                    raise ValueError(f"train.arms.{arm}.scope: dataset needs stored scores, '{names[0]}' is online")
-            if weights is not None and set(weights) != set(names):
-                raise ValueError(f"train.arms.{arm}.references.weights: name each of {', '.join(names)} once")
+        for name in self.train.arms:
+            self._check_arm(name)
         for number, (name, reference) in enumerate(references):
             if reference.after is not None:
                 _check_known(f"references.{name}.after", "arm", [reference.after], self.train.arms)
                 earlier = list(self.references)[:number]
-                _check_known(
-                    f"references.{name}.after", "earlier reference", self.references_of(reference.after), earlier
-                )
+                for before in self.lineage(reference.after):
+                    _check_known(f"references.{name}.after", "earlier reference", self.references_of(before), earlier)
         return self
 
+    def _check_arm(self, arm: str) -> None:
+        """Its name, its references, and where it departs from the run."""
+        if is_reference(arm):
+            raise ValueError(f"train.arms.{arm}: such a name is that of a reference in the report")
+        section, names = self.train.arms[arm], self.references_of(arm)
+        if not self.is_scored(arm) and (section.selector.columns or section.references != References()):
+            raise ValueError(
+                f"train.arms.{arm}: only '{self.corpus}' is scored, so nothing can be selected by a reference on "
+                f"'{section.corpus}'; found ratio {section.ratio} with score {section.score}. Give ratio 1.0, or a "
+                "score that needs no reference, and no 'references'"
+            )
+        self.lineage(arm)
+        _check_known(f"train.arms.{arm}.references.names", "reference", names, self.references)
+        if any(self.references[name].online for name in names):
+            if len(names) > 1:
+                raise ValueError(f"train.arms.{arm}: one that is online must be its only reference (references.names)")
+            if section.scope == "dataset":
+                raise ValueError(f"train.arms.{arm}.scope: dataset needs stored scores, '{names[0]}' is online")
+        weights = section.references.weights
+        if weights is not None and set(weights) != set(names):
+            raise ValueError(f"train.arms.{arm}.references.weights: name each of {', '.join(names)} once")
+
+    def is_scored(self, arm: str) -> bool:
+        """Whether an arm trains on the corpus that the references score."""
+        return self.train.arms[arm].corpus in (None, self.corpus)
+
+    def lineage(self, arm: str) -> list[str]:
+        """The arms that an arm goes on after, from the first to itself; a `ValueError` if they go in a circle."""
+        found = [arm]
+        while (after := self.train.arms[found[0]].after) is not None:
+            if after in found:
+                raise ValueError(f"train.arms.{arm}.after: goes in a circle, {' after '.join([*found[::-1], after])}")
+            found.insert(0, after)
+        return found
+
     def references_of(self, arm: str) -> list[str]:
-        """Names of the references that an arm uses."""
+        """Names of the references that an arm uses; none where nothing scores its corpus."""
+        if not self.is_scored(arm):
+            return []
         return self.train.arms[arm].references.names or list(self.references)
 
 

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -46,6 +47,8 @@ class CorpusConfig(BaseModel):
     Attributes:
         sources: files, folders, `hf:` datasets, `docstrings:`/`source:` Python packages; see `rho.sources`.
         text_field: the field or column that holds the text.
+        only_sources: keep only documents with one of these in their `source` field (or of files of these names, where
+            they have none); shell patterns.
         block_length: tokens in a block.
         isolated: documents do not see each other (position ids restart); otherwise packed, the paper's way.
         heldout_fraction: share of the documents, chosen by content, that goes to the `validation` split.
@@ -59,6 +62,7 @@ class CorpusConfig(BaseModel):
 
     sources: list[str] = Field(min_length=1)
     text_field: str = "text"
+    only_sources: list[str] | None = Field(None, min_length=1)
     block_length: int = Field(1024, ge=2)
     isolated: bool = False
     heldout_fraction: float = Field(0.0, ge=0.0, le=1.0)
@@ -165,7 +169,8 @@ class _Build:
         if not self.shards:
             raise DataError(
                 f"{', '.join(self.config.sources)}: {self.tokens()} tokens in {self.documents} documents are "
-                f"shorter than one block of {self.config.block_length}. Give more text or a smaller --block-length."
+                f"shorter than one block of {self.config.block_length}. Give more text or a smaller --block-length"
+                + (f", or look at only_sources ({', '.join(only)})." if (only := self.config.only_sources) else ".")
             )
 
     def tokens(self) -> int:
@@ -180,6 +185,8 @@ class _Build:
         batch: list[Document] = []
         characters = number = 0
         for number, document in read_documents(self.config.sources, self.config.text_field, on_bad, self.records):
+            if not self.is_wanted(document):
+                continue
             batch.append(document)
             characters += len(document.text)
             if characters >= BATCH_CHARACTERS:
@@ -187,6 +194,10 @@ class _Build:
                 batch, characters = [], 0
         if batch:
             yield number, batch
+
+    def is_wanted(self, document: Document) -> bool:
+        only = self.config.only_sources
+        return only is None or any(fnmatchcase(document.source, pattern) for pattern in only)
 
     def skip(self, record: SkippedRecord) -> None:
         self.skipped.append({"where": record.where, "reason": record.reason})

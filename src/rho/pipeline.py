@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rho.config import RunConfig, save_config
 from rho.corpus import Corpus, build_corpus
 from rho.dynamics import DynamicsConfig, follow
 from rho.errors import ConfigError
-from rho.evaluate import EvaluateConfig, Exploration, checkpoints_of, evaluate, finished
+from rho.evaluate import Checkpoint, EvaluateConfig, Exploration, checkpoints_of, evaluate, finished
 from rho.models import ModelConfig, make_model
 from rho.progress import say
 from rho.references.model import load_reference, mean_loss
@@ -32,7 +33,7 @@ def run(config: RunConfig, folder: str | os.PathLike[str] | None = None) -> Path
         config: the whole run.
         folder: the run directory, `runs/<name>` unless given.
     """
-    pipeline = _Pipeline(config, Path(folder) if folder is not None else Path("runs") / config.name)
+    pipeline = Pipeline(config, Path(folder) if folder is not None else Path("runs") / config.name)
     pipeline.begin()
     pipeline.corpora()
     for name, reference in config.references.items():
@@ -50,8 +51,13 @@ def run(config: RunConfig, folder: str | os.PathLike[str] | None = None) -> Path
     return pipeline.report()
 
 
-class _Pipeline:
-    """The stages of one run; each method runs one, reading what the earlier ones wrote."""
+class Pipeline:
+    """The stages of one run; each method runs one, reading what the earlier ones wrote.
+
+    Args:
+        config: the whole run.
+        folder: the run directory.
+    """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
@@ -66,6 +72,7 @@ class _Pipeline:
             save_config(self.config, self.folder / CONFIG)
 
     def corpora(self) -> None:
+        """The tokenizer, where one is trained, and every corpus."""
         config = self.config.tokenizer
         path = config.path
         if config.vocab_size is not None:
@@ -90,12 +97,15 @@ class _Pipeline:
         return {name: Corpus(self.corpus_folder(name), "validation") for name in self.config.evaluate.sets}
 
     def corpus_folder(self, name: str) -> Path:
+        """Where a corpus is."""
         return self.folder / "corpus" / name
 
     def target(self) -> Corpus:
+        """Held-out text of the wanted domain."""
         return Corpus(self.corpus_folder(self.config.target), "validation")
 
     def reference(self, name: str) -> None:
+        """Train a reference, unless it is a finished or a served one."""
         config = self.config.references[name]
         if config.corpus is not None:
             start = config.model or self.config.model
@@ -114,12 +124,15 @@ class _Pipeline:
         return Source(config.api or self.reference_model(name), config.tokenizer)
 
     def reference_model(self, name: str) -> ModelConfig:
+        """A reference that is a model here."""
         return ModelConfig(path=self.config.references[name].path or str(self.folder / reference_folder(name)))
 
     def score_config(self) -> ScoreConfig:
+        """How references read."""
         return ScoreConfig(**self.config.score.model_dump(exclude={"engine", "workers"}))
 
     def scores(self, name: str) -> None:
+        """Score the noisy corpus by a reference."""
         config, source = self.config.score, self.source(name)
         score_corpus(
             self.score_config(),
@@ -133,6 +146,7 @@ class _Pipeline:
         )
 
     def scores_folder(self, name: str) -> Path:
+        """Where a reference's scores are."""
         return self.folder / "scores" / name
 
     def check_references(self) -> None:
@@ -140,7 +154,8 @@ class _Pipeline:
         config, seed = self.config.train, self.config.train.seeds[0]
         if any(self.train_folder(arm, seed).exists() for seed in config.seeds for arm in config.arms):
             return
-        names = {n for arm in config.arms for n in config.arm(arm, seed).judged(self.config.references_of(arm))}
+        starting = [arm for arm, section in config.arms.items() if section.after is None]  # from the run's model
+        names = {n for arm in starting for n in config.arm(arm, seed).judged(self.config.references_of(arm))}
         target = self.target()
         model = make_model(self.config.model, target.vocab_size, seed)
         for name in sorted(names):
@@ -151,15 +166,21 @@ class _Pipeline:
                 check_reference(model, ScoreStore(self.scores_folder(name)), target, config.allow_weak_reference)
 
     def train_folder(self, arm: str, seed: int) -> Path:
+        """Where a training is."""
         return self.folder / "train" / f"{arm}-seed{seed}"
 
     def train(self, arm: str, seed: int) -> None:
-        config, names = self.config.train, self.config.references_of(arm)
+        """Train an arm with one seed, after the arm that it goes on after."""
+        config, section, names = self.config.train, self.config.train.arms[arm], self.config.references_of(arm)
         online = any(self.config.references[name].online for name in names)
+        start = self.config.model
+        if section.after is not None:
+            self.train(section.after, seed)
+            start = ModelConfig(path=str(self.train_folder(section.after, seed)))
         train(
             config.arm(arm, seed),
-            Corpus(self.corpus_folder(self.config.corpus)),
-            self.config.model,
+            Corpus(self.corpus_folder(section.corpus or self.config.corpus)),
+            start,
             self.train_folder(arm, seed),
             {} if online else {name: ScoreStore(self.scores_folder(name)) for name in names},
             self.target(),
@@ -186,12 +207,32 @@ class _Pipeline:
             for arm in self.config.train.arms:
                 folder = self.train_folder(arm, seed)
                 explore = self.exploration(config.explore, arm, seed) if config.explore is not None else None
-                evaluate(settings, checkpoints_of(folder, arm), sets, self.folder / "evaluate" / folder.name, explore)
+                evaluate(settings, self.checkpoints(arm, seed), sets, self.folder / "evaluate" / folder.name, explore)
+
+    def checkpoints(self, arm: str, seed: int) -> list[Checkpoint]:
+        """Those of a finished training, with tokens counted from the beginning of the first arm that it goes on after.
+
+        What an arm was given before its own first step counts where arms are compared.
+        """
+        found = checkpoints_of(self.train_folder(arm, seed), arm)
+        after = self.config.train.arms[arm].after
+        if after is None:
+            return found
+        before = self.checkpoints(after, seed)[-1]
+        return [
+            replace(
+                one,
+                tokens_seen=(before.tokens_seen or 0) + (one.tokens_seen or 0),
+                tokens_selected=(before.tokens_selected or 0) + (one.tokens_selected or 0),
+            )
+            for one in found
+        ]
 
     def exploration(self, name: str, arm: str, seed: int) -> Exploration:
         """The held-out split of the corpus `name`, with the references and the selection of an arm."""
         text = Corpus(self.corpus_folder(name), "validation")
-        used = {reference: self.source(reference) for reference in self.config.references_of(arm)}
+        names = self.config.references_of(arm) or self.config.references  # to be looked at, where they select nothing
+        used = {name: self.source(name) for name in names}
         selection = self.config.train.arm(arm, seed)
         how = selection.references
         return Exploration(text, used, selection.selector, how.combine, how.weights, self.score_config())
@@ -207,7 +248,7 @@ class _Pipeline:
                 folder = self.train_folder(arm, seed)
                 explore = self.exploration(config.set, arm, seed)
                 selects = explore if explore.selector.selective else None
-                models = checkpoints_of(folder, arm)
+                models = self.checkpoints(arm, seed)
                 if len(models) < 2:
                     say(f"dynamics {folder.name}: left out, it needs two checkpoints or more: lower its save_steps")
                     continue
@@ -229,5 +270,6 @@ class _Pipeline:
         return page
 
     def manifests(self) -> list[Path]:
+        """Those of every stage."""
         found = sorted(self.folder.rglob(MANIFEST))
         return [path for path in found if path.parent != self.folder / "report"]

@@ -101,7 +101,7 @@ class SelectiveTrainer(DurableTrainer):
         self.selector, self.step_log, self.cut, self.reference = selector, step_log, cut, reference
         self.order = RowOrder(len(train_dataset), args.train_batch_size * args.world_size, args.seed)  # type: ignore[arg-type]
         self._stats = SelectionStats(selector, label_names or [])
-        self._logged_at = time.monotonic()
+        self._logged_at = time.monotonic(), time.process_time()
         self.skip_nonfinite, self._skipped = skip_nonfinite, 0
         self.interrupted = False  # whether the run stops before its end, to go on another time
         self._seen = {"tokens": 0, "selected": 0}  # until the last log
@@ -289,11 +289,13 @@ class SelectiveTrainer(DurableTrainer):
             if counted:
                 record = self._stats.record(self.accelerator.reduce(self._stats.sums(), "sum"))
             self._stats = SelectionStats(self.selector, self._stats.label_names)
-            now, tokens = time.monotonic(), record.pop("tokens")
+            now, tokens = (time.monotonic(), time.process_time()), record.pop("tokens")
+            seconds, cpu_seconds = (end - start for start, end in zip(self._logged_at, now, strict=True))
             self._seen["tokens"] += tokens
             self._seen["selected"] += record["selected"]
             record["tokens_seen"], record["tokens_selected"] = self._seen["tokens"], self._seen["selected"]
-            record["tokens_per_second"] = round(tokens / (now - self._logged_at), 1)
+            record["tokens_per_second"] = round(tokens / seconds, 1)
+            record["seconds"], record["cpu_seconds"] = round(seconds, 3), round(cpu_seconds, 3)  # since the last record
             record["ratio_asked"] = self.selector.at(self.state.global_step - 1).ratio
             if self._threshold.value is not None:
                 record["threshold"] = self._threshold.value

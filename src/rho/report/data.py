@@ -60,6 +60,7 @@ class Step:
     excess: dict[str, float]
     labels: dict[str, tuple[int, int]]
     tokens_per_second: float
+    seconds: float  # since the entry before
     filtered: dict[str, float]  # cosine and norm ratio of a filtered gradient to the exact one, where compared
 
 
@@ -306,6 +307,7 @@ def _step(row: dict[str, Any]) -> Step:
         excess={key: _number(value) for key, value in (row.get("excess") or {}).items()},
         labels={key: (int(n["eligible"]), int(n["selected"])) for key, n in (row.get("labels") or {}).items()},
         tokens_per_second=_number(row.get("tokens_per_second")),
+        seconds=_number(row.get("seconds")),
         filtered={key: _number(value) for key, value in (row.get("filtered") or {}).items()},
     )
 

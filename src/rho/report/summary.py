@@ -79,15 +79,22 @@ def tokens_to_loss(curve: Sequence[Evaluation], goal: float) -> tuple[float, flo
     at or below the goal gives its first checkpoint, which is an upper bound.
     """
     points = [point for point in curve if math.isfinite(point.loss)]
-    for before, after in zip([None, *points], points, strict=False):
-        if after.loss <= goal:
-            if before is None:
-                return float(after.tokens_seen), float(after.tokens_selected)
-            part = (before.loss - goal) / (before.loss - after.loss)
-            return (
-                before.tokens_seen + part * (after.tokens_seen - before.tokens_seen),
-                before.tokens_selected + part * (after.tokens_selected - before.tokens_selected),
-            )
+    along = [(float(point.tokens_seen), float(point.tokens_selected)) for point in points]
+    found = come_down([point.loss for point in points], along, goal)
+    return None if found is None else (found[0], found[1])
+
+
+def come_down(losses: Sequence[float], along: Sequence[Sequence[float]], goal: float) -> tuple[float, ...] | None:
+    """Where losses first come down to `goal`, in every coordinate of `along`; None if they never do.
+
+    Linear between the points; a first one at or below the goal is an upper bound.
+    """
+    for n, loss in enumerate(losses):
+        if loss <= goal:
+            if n == 0:
+                return tuple(along[0])
+            part = (losses[n - 1] - goal) / (losses[n - 1] - loss)
+            return tuple(a + part * (b - a) for a, b in zip(along[n - 1], along[n], strict=True))
     return None
 
 
@@ -106,14 +113,9 @@ def seconds_of(run: Run, folder: str) -> float | None:
 
 
 def training_clock(steps: Sequence[Step]) -> list[tuple[int, float]]:
-    """(tokens seen, seconds of training) at each logged step, from the speeds in the log; empty if one is missing."""
-    clock = [(0, 0.0)]
-    for step in steps:
-        seen, seconds = clock[-1]
-        if not step.tokens_per_second > 0:
-            return []
-        clock.append((step.tokens_seen, seconds + (step.tokens_seen - seen) / step.tokens_per_second))
-    return clock[1:]
+    """(tokens seen, seconds of training) at each logged step; empty if the log does not tell all of them."""
+    seconds = np.cumsum([step.seconds for step in steps]).tolist()
+    return list(zip([step.tokens_seen for step in steps], seconds, strict=True)) if np.isfinite(seconds).all() else []
 
 
 def domains(run: Run) -> dict[str, dict[str, dict[str, Any]]]:

@@ -1,0 +1,231 @@
+"""The evidence: what makes a run the same run, runs that go on after an interruption, and what the tables say."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from evidence import Experiment, Identity, load_experiment
+from evidence_results import at_equal, difference, read_lines, section, to_target
+
+from conftest import example_records, write_jsonl
+from rho import evaluate, score, train
+from rho.config import load_config
+
+STEPS = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, architecture) -> Path:
+    """A recipe whose texts are looked for in ../shared/data."""
+    folder = tmp_path_factory.mktemp("evidence")
+    for seed, (name, number) in enumerate({"curated": 30, "noisy": 60, "target": 10, "test": 20}.items()):
+        (folder / "texts").mkdir(exist_ok=True)
+        write_jsonl(folder / "texts" / f"{name}.jsonl", example_records(number, seed))
+    places = {name: f"../shared/data/{name}.jsonl" for name in ("curated", "noisy", "target", "test")}
+    held_out = {"block_length": 16, "heldout_fraction": 1.0}
+    tree = {
+        "name": "toy",
+        "tokenizer": {"vocab_size": 300, "corpora": ["curated", "noisy"]},
+        "corpora": {
+            "curated": {"sources": [places["curated"]], "block_length": 16},
+            "noisy": {"sources": [places["noisy"]], "block_length": 16, "shard_blocks": 60},
+            "mixed": {"sources": [places["curated"], places["noisy"]], "block_length": 16},
+            "target": {"sources": [places["target"]], **held_out},
+            "test": {"sources": [places["test"]], **held_out},
+        },
+        "model": {"architecture": architecture},
+        "references": {
+            "reference": {"corpus": "curated", "arguments": STEPS},
+            "second": {"corpus": "curated", "after": "slm", "arguments": STEPS},
+        },
+        "corpus": "noisy",
+        "target": "target",
+        "train": {
+            "arms": {
+                "clm": {},
+                "slm": {"ratio": 0.6, "references": {"names": ["reference"]}},
+                "mixed": {"corpus": "mixed"},
+                "later": {"after": "slm", "corpus": "curated", "arguments": {"max_steps": 2}},
+            },
+            "seeds": [0, 1],
+            "arguments": STEPS,
+        },
+        "evaluate": {"sets": ["target", "test"]},
+    }
+    (folder / "toy.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    return folder / "toy.yaml"
+
+
+def load(recipe: Path, *overrides: str, texts: str = "texts"):
+    return load_experiment(recipe, str(recipe.parent / texts), overrides)
+
+
+def identities(config) -> dict[str, str]:
+    return {arm: Identity(config).run(arm, 0) for arm in config.train.arms}
+
+
+def test_texts_are_looked_for_in_the_folder_given(recipe):
+    assert load_experiment(recipe, None, []) == load_config(recipe)
+    assert load(recipe).corpora["mixed"].sources == [
+        f"{recipe.parent}/texts/{name}.jsonl" for name in ("curated", "noisy")
+    ]
+
+
+def test_a_run_is_the_same_wherever_its_texts_are_and_whatever_other_arms_do(recipe):
+    shutil.copytree(recipe.parent / "texts", recipe.parent / "moved")
+    before = identities(load(recipe))
+    assert identities(load(recipe, texts="moved")) == before
+    assert (
+        identities(load(recipe, "corpora.noisy.shard_blocks=7", "train.arms.more={ratio: 0.1}")).items()
+        > before.items()
+    )
+    assert len({*before.values(), Identity(load(recipe)).run("clm", 1)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("train.arms.mixed.arguments.max_steps=5", {"mixed"}),
+        ("train.arms.slm.ratio=0.3", {"slm", "later", "clm"}),  # the second reference goes on after it
+        ("references.reference.arguments.max_steps=3", {"clm", "slm", "later"}),
+        ("score.dtype=float32", {"clm", "slm", "later"}),
+        ("corpora.test.max_tokens=100", {"clm", "slm", "mixed", "later"}),
+        ("model.architecture.hidden_size=32", {"clm", "slm", "mixed", "later"}),
+    ],
+)
+def test_what_decides_a_run_makes_it_another_run(recipe, override, changed):
+    before, after = identities(load(recipe)), identities(load(recipe, override))
+    assert {arm for arm in before if before[arm] != after[arm]} == changed
+
+
+def test_a_text_that_changed_makes_another_run(recipe):
+    shutil.copytree(recipe.parent / "texts", recipe.parent / "edited")
+    write_jsonl(recipe.parent / "edited" / "curated.jsonl", example_records(31, 0))
+    before, after = identities(load(recipe)), identities(load(recipe, texts="edited"))
+    assert all(before[arm] != after[arm] for arm in before)  # the tokenizer is trained on it
+
+
+INTERRUPTED = [(train.SelectiveTrainer, "training_step", 3), (score, "write_shard", 2), (evaluate, "block_losses", 2)]
+
+
+def test_the_experiment_goes_on_where_it_was_stopped_and_records_every_run_once(recipe, tmp_path, monkeypatch):
+    """Stopped as its time limit does it, by a Ctrl-C from within."""
+    config = load(recipe)
+    Experiment(config, tmp_path / "whole", tmp_path / "whole.jsonl").run(list(config.train.arms))
+    for place, name, at in INTERRUPTED:
+        calls = 0
+        original = getattr(place, name)
+
+        def stopped(*arguments, original=original, at=at, **options):
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                signal.raise_signal(signal.SIGINT)
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, name, stopped)
+            Experiment(config, tmp_path / "parts", tmp_path / "parts.jsonl").run(list(config.train.arms))
+    for arms in (["later"], list(config.train.arms), ["clm"]):
+        Experiment(config, tmp_path / "parts", tmp_path / "parts.jsonl").run(arms)
+    whole, parts = (
+        sorted(read_lines(tmp_path / f"{n}.jsonl"), key=lambda r: (r["model"], r["seed"])) for n in ("whole", "parts")
+    )
+    assert [(run["model"], run["seed"]) for run in parts] == [
+        *((arm, seed) for arm in ("clm", "later", "mixed") for seed in (0, 1)),
+        ("reference", 0),
+        ("reference-second", 0),
+        *(("slm", seed) for seed in (0, 1)),
+    ]
+    for one, other in zip(whole, parts, strict=True):
+        for line in (one, other):
+            assert line["curve"].pop("seconds")[-1] > 0
+            for key in ("reference_seconds", "scoring_seconds"):
+                line.pop(key, None)
+            for name in ("reference", "second"):
+                line["hashes"].pop(f"scores:{name}", None)  # they name the reference by its folder
+        assert one == other
+    assert len(list((tmp_path / "parts" / "train").glob("*/checkpoints"))) == 0
+    assert "slm" in section(read_lines(tmp_path / "parts.jsonl"), tmp_path)
+
+
+def test_a_run_on_record_is_not_done_again_on_another_machine(recipe, tmp_path):
+    config = load(recipe)
+    line = {"model": "mixed", "identity": None}
+    lines = [{**line, "seed": seed, "identity": Identity(config).run("mixed", seed)} for seed in (0, 1)]
+    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Experiment(config, tmp_path / "run", tmp_path / "toy.jsonl").run(["mixed"])
+    assert not (tmp_path / "run").exists()
+
+
+def run(model: str, seed: int, losses: list[float], **more) -> dict:
+    """A record by hand: 100 tokens, 50 of them selected, and 10 seconds to each checkpoint."""
+    steps = range(1, len(losses) + 1)
+    nats = [losses[-1] * 10, losses[-1] * 20 + seed]
+    return {
+        "experiment": "evidence-toy",
+        "target": "target",
+        "model": model,
+        "seed": seed,
+        "seeds": [0, 1],
+        "parameters": 1000,
+        "train_tokens": 100 * len(losses),
+        "ratio": 0.5,
+        "curve": {
+            "tokens": [100 * n for n in steps],
+            "selected": [50 * n for n in steps],
+            "seconds": [10.0 * n for n in steps],
+            "loss": losses,
+        },
+        "final": {name: {"loss": losses[-1], "bits_per_byte": 1.0} for name in ("test-a", "general", "test-b")},
+        "units": {name: {"nats": nats, "tokens": [10, 20]} for name in ("test-a", "general", "test-b")},
+        "settings": {},
+        "hashes": {"corpus": "c" * 64},
+        "environment": {"device": "machine", "threads": 1},
+        "clock": "CPU time",
+        **more,
+    }
+
+
+def test_what_it_takes_to_reach_the_baselines_loss():
+    base = run("clm", 0, [5.0, 4.0, 3.0, 2.0])
+    fast = run("slm", 0, [4.0, 1.0], reference_seconds={"a": 6.0}, scoring_seconds={"a": 4.0})
+    found = to_target(fast, base)  # two thirds of the way from the first checkpoint to the second
+    share = (1 + 2 / 3) / 4
+    assert found == pytest.approx({"tokens": share, "selected": share, "seconds": share, "all": share + 10 / 40})
+    assert to_target(run("slow", 0, [5.0, 2.1]), base) is None
+
+
+def test_losses_at_equal_cost():
+    base = run("clm", 0, [5.0, 4.0, 3.0, 2.0])
+    cheap = run("slm", 0, [4.0, 1.0], reference_seconds={"a": 20.0}, scoring_seconds={"a": 5.0})
+    assert at_equal(cheap, base) == pytest.approx({"selected": 1.0 - 4.0, "seconds": 1.0 - 2.0, "all": 2.5 - 2.0})
+    dear = run("slm", 0, [4.0, 1.0], reference_seconds={"a": 31.0})
+    assert at_equal(dear, base)["all"] is None  # no checkpoint that early
+
+
+def test_a_difference_is_the_mean_over_the_seeds_of_all_tokens():
+    pairs = [(run("slm", seed, [2.0 + seed]), run("clm", seed, [3.0])) for seed in (0, 1)]
+    found = difference(pairs, ["test-a", "test-b"])
+    assert found is not None
+    assert found[0] == pytest.approx(-0.5)
+    assert found[1] <= found[0] <= found[2]
+    assert difference([], ["test-a"]) is None
+
+
+def test_the_page_has_every_arm_the_reference_and_the_latest_of_two_runs(tmp_path):
+    lines = [run("reference", 0, [1.5]), *(run("clm", seed, [5.0, 4.0]) for seed in (0, 1))]
+    lines += [run("random", seed, [5.0, 4.5], settings={"score": "random"}) for seed in (0, 1)]
+    lines += [run("slm", seed, [4.5, 9.0 if again else 3.5]) for again in (1, 0) for seed in (0, 1)]
+    page = section(lines, tmp_path)
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.split("By set")[0].splitlines()}
+    assert rows["clm"][1:3] == ["4.0167", "-"]  # seed 1 has a nat more in its 60 tokens
+    assert rows["slm"][1].startswith("3.5167")
+    assert (rows["slm"][3], rows["slm"][4]) == ("-0.500 -0.500", "-1.000 -1.000")
+    assert rows["reference"][1] == "1.5000" and rows["reference"][3] == "-2.500 -2.533"
+    assert "| random | reached by 0 of 2 |" in page
+    assert "| slm | 0.75 | 0.75 | 0.75 | 0.75 |" in page
+    assert (tmp_path / "evidence-toy.svg").is_file()
