@@ -96,6 +96,7 @@ def test_an_arms_own_arguments_go_on_top_of_those_of_all(load):
         ({"tokenizer.path": "gpt2"}, "give either 'path' (a tokenizer to load) or 'vocab_size'"),
         ({"reference.path": "model"}, "give one of 'corpus' (train the reference on it), 'path'"),
         ({"reference.model": {"path": "a"}, "reference.after": "clm"}, "give either 'model' or 'after'"),
+        ({"reference.after": "clm", "reference.tokenizer": "x"}, "'after' starts from a model of the run's tokenizer"),
         ({"reference": None}, "references: Field required"),
         ({"references": {"a": {"corpus": "curated"}}}, "give either 'reference' (one) or 'references'"),
         ({"reference.after": "cml"}, "references.reference.after: no arm 'cml'; found clm, slm"),
@@ -245,6 +246,22 @@ def test_an_online_reference_is_a_model_that_is_here_and_the_only_one_of_its_arm
         load({"reference.online": True, "train.arms.slm.scope": "dataset", "train.arms.slm.score": "ref_loss"})
     with pytest.raises(ConfigError, match="only rho's own knows"):
         load({"train.arms.slm.backend": "torch", "train.arms.slm.retention": 0.1})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"score.entropy": False},
+        {"reference": {"corpus": "curated", "tokenizer": "other"}},
+        {"reference": {"api": {"url": "http://localhost", "model": "m"}}},
+    ],
+)
+def test_entropies_that_will_not_be_there_are_refused_before_anything_runs(load, changes):
+    load(changes)  # no arm needs them
+    for score in ({"score": "ref_entropy"}, {"score": "ref_loss", "second": {"score": "ref_entropy"}}):
+        with pytest.raises(ConfigError, match=r"train\.arms\.slm: it needs entropies, and those of 'reference'"):
+            load({**changes, "train.arms.slm": {"ratio": 0.6, **score}})
+    load({"score.entropy": False, "reference.online": True, "train.arms.slm.score": "ref_entropy"})
 
 
 def test_an_override_changes_one_of_two_sections_that_yaml_made_the_same(tmp_path):

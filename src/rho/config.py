@@ -78,6 +78,10 @@ class ReferenceSection(_Section):
             raise ValueError("'model' and 'after' are what a training starts from: give a 'corpus', or leave them out")
         if self.model and self.after:
             raise ValueError("give either 'model' or 'after' (what its training starts from)")
+        if self.after and self.tokenizer:
+            raise ValueError(
+                "'after' starts from a model of the run's tokenizer: leave 'tokenizer' out, or give a 'model'"
+            )
         if self.online and (self.api or self.tokenizer):
             raise ValueError("'online' is for a model that is here and reads the run's tokens: leave it out")
         return self
@@ -227,6 +231,14 @@ class RunConfig(_Section):
                 raise ValueError(f"train.arms.{arm}: one that is online must be its only reference (references.names)")
             if section.scope == "dataset":
                 raise ValueError(f"train.arms.{arm}.scope: dataset needs stored scores, '{names[0]}' is online")
+        if "ref_entropy" in section.selector.columns:
+            for name in names:
+                reference = self.references[name]
+                if reference.api or reference.tokenizer or not (self.score.entropy or reference.online):
+                    raise ValueError(
+                        f"train.arms.{arm}: it needs entropies, and those of '{name}' will not be known: a served "
+                        "reference and one with a tokenizer of its own have none, and score.entropy may be off"
+                    )
         weights = section.references.weights
         if weights is not None and set(weights) != set(names):
             raise ValueError(f"train.arms.{arm}.references.weights: name each of {', '.join(names)} once")
