@@ -37,8 +37,8 @@ MUTATIONS = [
     Mutation(
         "hidden states are shifted twice",
         "forward.py",
-        "hidden_BTD = predictors(hidden_states(model, input_ids, position_ids))",
-        "hidden_BTD = predictors(predictors(hidden_states(model, input_ids, position_ids)))",
+        "predictors(hidden_BTD),",
+        "predictors(predictors(hidden_BTD)),",
         step("excess-sequence"),
     ),
     Mutation(
@@ -64,21 +64,21 @@ MUTATIONS = [
     ),
     Mutation(
         "the denominator is each micro-batch's own count",
-        "trainer.py",
+        "mixin.py",
         'loss = outputs["loss"] / num_items_in_batch * self.accelerator.num_processes',
         'loss = outputs["loss"] / outputs["selected"].sum().clamp(min=1)',
         step("excess-sequence"),
     ),
     Mutation(
         "the loss is a mean of the micro-batches' means",
-        "trainer.py",
+        "mixin.py",
         'loss = outputs["loss"] / num_items_in_batch * self.accelerator.num_processes',
         'loss = outputs["loss"] / outputs["selected"].sum().clamp(min=1) / self._step.micro_batches',
         step("excess-step"),
     ),
     Mutation(
         "the denominator is the number of eligible tokens",
-        "trainer.py",
+        "mixin.py",
         'loss = outputs["loss"] / num_items_in_batch * self.accelerator.num_processes',
         'loss = outputs["loss"] / outputs["eligible"].sum()',
         step("excess-batch"),
@@ -184,7 +184,7 @@ MUTATIONS = [
     ),
     Mutation(
         "retention is subtracted",
-        "trainer.py",
+        "mixin.py",
         "active.retention * asked.clamp(min=1)",
         "-active.retention * asked.clamp(min=1)",
         step("retention"),
@@ -198,7 +198,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the count of a running threshold is not put right",
-        "trainer.py",
+        "mixin.py",
         "correction = step.asked / actual",
         "correction = 1.0",
         step("excess-running"),
