@@ -16,9 +16,8 @@ from rho.linear_loss import selective_linear_loss
 from rho.models import check_head, head, hidden_states
 from rho.objective import predictors
 from rho.selection import COLUMNS, Selector
-from rho.selective import select_and_sum
+from rho.selective import CLM, select_and_sum
 
-CLM = Selector(ratio=1.0)
 NO_FILTER = nullcontext()
 
 

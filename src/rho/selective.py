@@ -14,6 +14,8 @@ from rho.linear_loss import Choose, Head, selective_linear_loss
 from rho.objective import IGNORE_INDEX, predictors
 from rho.selection import COLUMNS, Selector
 
+CLM = Selector(ratio=1.0)
+
 
 class SelectiveLoss(NamedTuple):
     """What `selective_loss` returns.
