@@ -62,4 +62,4 @@ class LabelLoss:
         if num_labels is None:
             return found["loss"] / found["selected"].sum().clamp(min=1)
         share = active.ratio if active.weighting == "mask" else 1.0
-        return found["loss"] / (share * num_labels)
+        return found["loss"] / num_labels / share
