@@ -30,7 +30,8 @@ from rho.objective import clm_loss, next_labels, token_loss
 from rho.selection import Selector
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")  # TRL, peft
+# Of TRL and peft:
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
 NAMES = ("input_ids", "labels", "ref_loss")
 
 
@@ -86,13 +87,15 @@ def mixin(architecture: dict, out: Path, rows: list[dict], **settings: Any) -> A
 
 
 def compute_loss_func(architecture: dict, out: Path, rows: list[dict], selector: Selector = cases.SELECTOR) -> Trainer:
-    return Trainer(
+    trainer = Trainer(
         model=cases.model(architecture),
         args=TrainingArguments(**cases.arguments(out, 4, 2)),
         train_dataset=Dataset.from_list(rows),
         data_collator=cases.batch,
         compute_loss_func=LabelLoss(selector),
     )
+    trainer.accelerator.gradient_accumulation_steps = 1  # as docs/integrations.md says
+    return trainer
 
 
 def trl(architecture: dict, out: Path, rows: list[dict], processor: Any, packing: bool, **settings: Any) -> Any:
