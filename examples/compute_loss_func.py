@@ -34,7 +34,7 @@ def main(corpus: str, scores: str, model_path: str, out: str) -> None:
         train_dataset=Dataset.from_list(rows),
         compute_loss_func=LabelLoss(Selector("excess", ratio=0.6)),
     )
-    trainer.accelerator.gradient_accumulation_steps = 1  # transformers 5.3 divides by it once too often
+    trainer.accelerator.gradient_accumulation_steps = 1  # before 5.6, transformers divides by it twice
     trainer.train()
     trainer.save_model(out)
 
