@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
@@ -73,7 +74,7 @@ def examine(model: str | None = None) -> list[Finding]:
     ]
     found = [tried(what, package, probe) for what, package, probe in integrations]
     for backend, package in (("torch", "torch"), ("liger", "liger-kernel"), ("cce", "cut-cross-entropy")):
-        found.append(tried(f"loss by backend {backend}", package, lambda name=backend: backend_is_there(name)))
+        found.append(tried(f"loss by backend {backend}", package, partial(backend_is_there, backend)))
     found.append(tried("accelerator", "", accelerator))
     found.append(tried("torch.compile", "torch", compiler))
     return found + (examine_model(model) if model else [])

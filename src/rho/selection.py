@@ -30,7 +30,7 @@ from rho.objective import IGNORE_INDEX, excess_loss, num_to_select, select_top
 
 Score = Literal["excess", "loss", "ref_loss", "ref_entropy", "random"]
 Scope = Literal["sequence", "batch", "step", "running", "dataset"]
-Weighting = Literal["mask", "softmax", "sigmoid", "exponential", "loss_weights"]
+Weighting = Literal["mask", "softmax", "sigmoid", "exponential"]  # what can be said of a corpus
 Combine = Literal["intersection", "union"]
 COLUMNS = ("ref_loss", "ref_entropy", "loss_weights")  # what rows may say of each token, float32
 
@@ -95,7 +95,7 @@ class Selector:
     schedule: Schedule | None = None
     second: Selector | None = None
     combine: Combine = "intersection"
-    weighting: Weighting = "mask"
+    weighting: Weighting | Literal["loss_weights"] = "mask"
     temperature: float = 1.0
     clip: float = 5.0
     retention: float = 0.0
