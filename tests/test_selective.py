@@ -138,6 +138,15 @@ def test_wrong_shapes_are_not_broadcast(change: dict[str, Any], message: str) ->
         )
 
 
+def test_the_head_of_a_sharded_model_is_refused() -> None:
+    given = inputs()
+    given["weight"].placements = ("Shard(0)",)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="spread over devices: make the loss inside the model's forward"):
+        rho.selective_loss(
+            given["hidden"], given["weight"], given["labels"], given["ref_loss"], Selector("excess", 0.5)
+        )
+
+
 def test_what_needs_more_than_a_micro_batch_is_refused() -> None:
     given = inputs()
     for selector in (Selector("excess", 0.5, "running"), Selector("ref_loss", 0.5, "dataset")):

@@ -63,8 +63,8 @@ class SelectiveMixin:
             raise ConfigError(
                 f"{self.args.n_gpu} GPUs in one process: start one process each with `torchrun` or `accelerate`."
             )
-        for setting in ("compute_loss_func", "label_smoother"):
-            if getattr(self, setting, None) is not None:
+        for setting, made in (("compute_loss_func", "compute_loss_func"), ("label_smoothing_factor", "label_smoother")):
+            if getattr(self, made, None) is not None:
                 raise ConfigError(f"{setting}: the selection makes the loss here. Leave it out.")
         make_selective(self.model, selector, linear_loss(backend), self.filtered or NO_FILTER)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # compute_loss divides for the whole step

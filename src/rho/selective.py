@@ -76,8 +76,8 @@ def selective_loss(
         num_selected: the selected tokens of the whole optimizer step; None for those of this call.
 
     Raises:
-        ValueError: a column that the selector needs is missing, shapes differ, the selector needs a trainer's memory,
-            or no token was selected and no count was given.
+        ValueError: a column that the selector needs is missing, shapes differ, the weight is a shard, the selector
+            needs a trainer's memory, or no token was selected and no count was given.
     """
     given = _given(ref_loss_BT, ref_entropy_BT, loss_weights_BT)
     check_one_pass(selector)
@@ -239,6 +239,11 @@ def _given(*columns: Tensor | None) -> dict[str, Tensor]:
 
 def _check_shapes(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, columns: dict[str, Tensor]) -> None:
     """Broadcasting would make something of almost any shapes."""
+    if hasattr(weight_VD, "placements"):
+        raise ValueError(
+            "the head's weight is spread over devices: make the loss inside the model's forward, with "
+            "rho.forward.make_selective before the model is wrapped"
+        )
     found = {"labels": labels_BT.shape, **{name: column.shape for name, column in columns.items()}}
     wrong = [f"{name} {tuple(shape)}" for name, shape in found.items() if shape != hidden_BTD.shape[:2]]
     if hidden_BTD.dim() != 3 or wrong or weight_VD.shape[1:] != hidden_BTD.shape[2:]:
