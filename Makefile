@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-eval lint format bench evidence evidence-smoke clean
+.PHONY: demo test test-eval test-matrix lint format bench evidence evidence-smoke clean
 
 demo: .venv/ready
 	$(BIN)/rho demo $(DEMO_ARGS)
@@ -14,6 +14,13 @@ test: .venv/ready
 test-eval: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]'
 	$(BIN)/python -m pytest tests/test_suites.py
+
+# Where rho meets Transformers, with the newest and the oldest version that it is for.
+MATRIX := tests/test_integrations.py tests/test_examples.py tests/test_labels.py tests/test_doctor.py tests/test_trainer.py
+
+test-matrix: .venv/ready .venv-oldest/ready
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(MATRIX)
+	.venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(MATRIX)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -49,5 +56,12 @@ evidence-smoke: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv-oldest/ready: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep -vE '^(huggingface_hub|tokenizers|transformers)==' constraints.txt | cat - constraints-oldest.txt > .venv-oldest/all.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .venv-oldest/all.txt torch
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .venv-oldest/all.txt -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest runs

@@ -52,9 +52,9 @@ def test_the_shift_rule_sees_what_it_forbids():
         assert not shifts(ast.parse(code)), code
 
 
-def test_tokens_are_shifted_in_one_function_only():
+def test_tokens_are_shifted_in_one_place_only():
     found = {module_name(path): shifts(tree) for path, tree in TREES.items() if shifts(tree)}
-    assert found == {"rho.objective": ["states_BTX[:, :-1]"]}
+    assert found == {"rho.objective": ["states_BTX[:, :-1]", "labels_BT[:, 1:]"]}
 
 
 # Imports

@@ -1,16 +1,20 @@
-"""The plain PyTorch loop of examples/ and SelectiveTrainer are the same training."""
+"""The plain PyTorch loop and SelectiveTrainer are the same training, and every file of examples/ runs as it says."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+import rho
 from rho.corpus import Corpus
 from rho.data import TrainingBlocks, collate
 from rho.models import ModelConfig, make_model
@@ -19,6 +23,10 @@ from rho.store import ScoreStore
 from rho.trainer import SelectiveTrainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+pytestmark = [  # of Trainer's defaults on a CPU, and of TRL's own use of Transformers
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 def load(name: str) -> ModuleType:
@@ -80,3 +88,58 @@ def test_the_example_runs_as_its_page_says(
     module.main(*sys.argv[1:])
     assert "step 0: loss" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == Corpus(corpus).vocab_size
+
+
+@pytest.mark.parametrize("name", ["selective_loss", "trainer_mixin", "compute_loss_func", "accelerate_loop"])
+def test_examples_on_a_scored_corpus_end_with_a_plain_model(
+    name: str, corpus: Path, scores: Path, reference: Path, tmp_path: Path
+) -> None:
+    load(name).main(str(corpus), str(scores), str(reference / "model"), str(tmp_path))
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (reference / "model", tmp_path))
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_the_weights_example_trains_on_what_weighs_something(
+    reference: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    module, tokenizer = load("loss_weights"), AutoTokenizer.from_pretrained(tokenizer_folder)
+    row = module.weighted({"text": "def add(a, b)", "weights": [[0, 3, 0.5], [4, 7, 2.0]]}, tokenizer)
+    labels, weights = rho.split_labels(torch.tensor(row["labels"]))
+    pieces = dict(zip(tokenizer.convert_ids_to_tokens(row["input_ids"]), weights.tolist(), strict=True))
+    assert labels[0] == -100 and 2.0 in pieces.values() and 1.0 in pieces.values()
+    model = AutoModelForCausalLM.from_pretrained(reference / "model")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"text": "def add(a, b):", "weights": [[0, 3, 2.0]]}, {"text": "no weights", "weights": []}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module.main(str(tmp_path / "rows.jsonl"), str(tmp_path / "model"), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_trl_example_runs(reference: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    AutoModelForCausalLM.from_pretrained(reference / "model").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "Selection keeps", "completion": " what the reference finds easier."}] * 8
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(tmp_path / "model")
+    load("trl_sft").main(str(tmp_path / "rows.jsonl"), str(reference / "model"), model, str(tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_fsdp2_example_runs_on_two_processes(corpus: Path, scores: Path, reference: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    asked = [EXAMPLES / "fsdp2.py", corpus, scores, reference / "model", tmp_path / "weights.safetensors"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, asked)], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "steps, loss" in done.stdout and (tmp_path / "weights.safetensors").is_file()
+
+
+def test_the_torchtitan_example_sets_loss_and_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("torchtitan") is None:
+        monkeypatch.syspath_prepend(str(Path(__file__).parent / "stubs"))
+    config = SimpleNamespace(training=SimpleNamespace(seq_len=16))
+    config = load("torchtitan_config").selective(config, "noisy.rho", "scores")
+    assert config.loss.build().seq_len == 16 and config.dataloader.scores == "scores"

@@ -19,7 +19,9 @@ SOURCE = TESTS.parent / "src"
 ALONE = (
     "test_objective.py",
     "test_selection.py",
+    "test_labels.py",
     "test_linear_loss.py",
+    "test_selective.py",
     "test_store.py",
     "test_api.py",
     "test_trajectories.py",

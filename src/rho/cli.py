@@ -415,6 +415,14 @@ def scores_export(
     print(f"{export(ScoreStore(store), Corpus(corpus), out):,} rows in {out}")
 
 
+@app.command(cls=Command)
+def doctor(model: Annotated[str | None, typer.Option(help="Also examine this model.")] = None) -> None:
+    """Which integrations work with what is installed here, which versions are tested, and why not."""
+    from rho.doctor import examine, show
+
+    show(examine(model))
+
+
 def _named(option: str, values: list[str], only: str | None = None) -> dict[str, str]:
     """`["a=x", "b=y"]` as a mapping; a single value without a name gets the name `only`."""
     if only is not None and len(values) == 1 and "=" not in values[0]:

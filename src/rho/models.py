@@ -158,13 +158,17 @@ def device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT: Tensor | None, **others: Any
+) -> Tensor:
     """hidden_BTD, the head's input; row t is what the head predicts token t+1 from.
 
-    No cache and no attention mask: only so does Transformers keep documents apart where position ids restart.
+    No cache and, unless it is among the `others` for the backbone, no attention mask: only so does Transformers keep
+    documents apart where position ids restart.
     """
     backbone = plain(model).base_model
-    return backbone(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
+    inputs = {"input_ids": input_ids_BT, "position_ids": position_ids_BT, **others}
+    return backbone(**inputs, use_cache=False).last_hidden_state
 
 
 def plain(model: Any) -> PreTrainedModel:

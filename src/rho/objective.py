@@ -2,7 +2,8 @@
 
 Convention of the whole project: **token t's loss is the loss of predicting token t, and stands at index t.** The first
 token of a block (or of an isolated document) is predicted from nothing: its label is `IGNORE_INDEX` and its loss NaN.
-`predictors` is the one place where anything is shifted.
+`predictors` is the one place where anything is shifted, and `next_labels` the same shift on the side of the labels, for
+frameworks that have it there.
 
 Shape suffixes: B sequences, T positions, N flat tokens, V vocabulary, D hidden. Losses and entropies are nats.
 """
@@ -22,6 +23,14 @@ def predictors(states_BTX: Tensor) -> Tensor:
     Works on hidden states (X = D) and on logits (X = V). Row 0 is zero: nothing predicts a first token.
     """
     return F.pad(states_BTX[:, :-1], (0, 0, 1, 0))
+
+
+def next_labels(labels_BT: Tensor) -> Tensor:
+    """The one shift, of labels instead of states: entry t is what the model's row t predicts, that is, label t+1.
+
+    For frameworks that compare row t with label t. The last row has nothing to predict.
+    """
+    return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def token_labels(

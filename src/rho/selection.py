@@ -30,8 +30,9 @@ from rho.objective import IGNORE_INDEX, excess_loss, num_to_select, select_top
 
 Score = Literal["excess", "loss", "ref_loss", "ref_entropy", "random"]
 Scope = Literal["sequence", "batch", "step", "running", "dataset"]
-Weighting = Literal["mask", "softmax", "sigmoid", "exponential"]
+Weighting = Literal["mask", "softmax", "sigmoid", "exponential"]  # what can be said of a corpus
 Combine = Literal["intersection", "union"]
+COLUMNS = ("ref_loss", "ref_entropy", "loss_weights")  # what rows may say of each token, float32
 
 # What part of its error a running threshold, and its slope, are moved by; what part of the owed ratio a step pays back.
 FOLLOW, BEND, PAY_BACK = 0.5, 0.15, 0.2
@@ -82,7 +83,8 @@ class Selector:
         weighting: `mask` (Eq. 4), or soft weights of mean 1 over the eligible tokens of a sequence (scope `sequence`)
             or micro-batch (`batch`): `softmax` of score / temperature; `sigmoid` of (score - threshold) / temperature,
             the threshold being the score of the last token that the ratio would select; `exponential`, exp(score /
-            temperature) but at most `clip`.
+            temperature) but at most `clip`. `loss_weights` takes the weights as the rows' column of that name has them:
+            no score, no reference, nothing normalised.
         retention: alpha: the mean loss of the unselected tokens is added with this weight.
         seed: of the `random` score.
     """
@@ -93,7 +95,7 @@ class Selector:
     schedule: Schedule | None = None
     second: Selector | None = None
     combine: Combine = "intersection"
-    weighting: Weighting = "mask"
+    weighting: Weighting | Literal["loss_weights"] = "mask"
     temperature: float = 1.0
     clip: float = 5.0
     retention: float = 0.0
@@ -155,25 +157,31 @@ class Selector:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The reference's columns that the scores are made from."""
+        """The columns that the scores are made from, the reference's, or the weights themselves."""
+        if self.weighting == "loss_weights":
+            return (self.weighting,)
         needed = {"excess": "ref_loss", "ref_loss": "ref_loss", "ref_entropy": "ref_entropy"}
         found = (needed[part.score] for part in self.parts if part.score in needed)
         return tuple(dict.fromkeys(found)) if self.selective else ()
 
     def eligible(self, labels_BT: Tensor, columns: dict[str, Tensor]) -> Tensor:
-        """Tokens that take part: they have a label and, where the score needs one, a finite reference value.
+        """Tokens that take part: they have a label and, where it is needed, a finite value (a weight other than 0).
 
         Args:
             labels_BT: `IGNORE_INDEX` where there is no loss (first and special tokens, padding, prompts).
-            columns: the reference's columns by name, each of shape (B, T).
+            columns: by name (`COLUMNS`), each of shape (B, T).
         """
         eligible = labels_BT != IGNORE_INDEX
         for name in self.columns:
             if name not in columns:
+                if name == "loss_weights":
+                    raise ValueError("weighting 'loss_weights' needs the rows' loss_weights, found none: pass them")
                 raise ValueError(
                     f"score '{self.score}' needs the reference's {name}, found none: pass it, or ratio 1.0"
                 )
             eligible = eligible & columns[name].isfinite()
+            if name == "loss_weights":
+                eligible = eligible & (columns[name] != 0)
         return eligible
 
     def scores(

@@ -1,0 +1,1 @@
+"""Selection inside other people's trainers: thin, and imported only when asked for."""

@@ -1,0 +1,439 @@
+"""One model and one stream of rows give the same losses and gradients in every framework, and none without scores."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+import integration_cases as cases
+import rho
+from rho.errors import ConfigError, MismatchError
+from rho.forward import make_selective
+from rho.integrations.by_labels import LabelLoss
+from rho.mixin import SelectiveMixin
+from rho.objective import clm_loss, next_labels, token_loss
+from rho.selection import Selector
+
+HERE = Path(__file__).parent
+# Of TRL and peft:
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
+NAMES = ("input_ids", "labels", "ref_loss")
+
+
+class MixedTrainer(SelectiveMixin, Trainer):
+    """Any trainer of a user."""
+
+
+def example(name: str) -> ModuleType:
+    """A file of examples/ as a module."""
+    sys.path.insert(0, str(HERE.parent / "examples"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def torchtitan() -> ModuleType:
+    """The integration, on torchtitan itself where it is installed, else on a stub of its protocol."""
+    if find_spec("torchtitan") is None:
+        sys.path.insert(0, str(HERE / "stubs"))
+    return importlib.import_module("rho.integrations.torchtitan")
+
+
+@pytest.fixture(scope="module")
+def processor() -> PreTrainedTokenizerFast:
+    """A tokenizer for TRL, which wants one to pad with."""
+    known = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=known, pad_token="<pad>", eos_token="<eos>")
+
+
+def only(row: dict[str, list], names: tuple[str, ...]) -> dict[str, list]:
+    return {name: row[name] for name in names}
+
+
+def plain_loop(architecture: dict, rows: list[dict] | None = None, sizes: tuple[int, ...] = (4, 4)) -> cases.Trained:
+    network, rows = cases.model(architecture), rows or cases.rows()
+    before, starts = cases.weights(network), [sum(sizes[:n]) for n in range(len(sizes))]
+    batches = [cases.batch(rows[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    optimizer = torch.optim.SGD(network.parameters(), lr=cases.RATE)
+    losses = example("selective_loss").train(network, [batches] * cases.STEPS, cases.SELECTOR, optimizer)
+    return cases.Trained(losses, cases.changes(before, network))
+
+
+def mixin(architecture: dict, out: Path, rows: list[dict], **settings: Any) -> Any:
+    return MixedTrainer(
+        model=cases.model(architecture),
+        args=TrainingArguments(**cases.arguments(out, 4, 2)),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=cases.batch,
+        **{"selector": cases.SELECTOR, **settings},
+    )
+
+
+def compute_loss_func(architecture: dict, out: Path, rows: list[dict], selector: Selector = cases.SELECTOR) -> Trainer:
+    trainer = Trainer(
+        model=cases.model(architecture),
+        args=TrainingArguments(**cases.arguments(out, 4, 2)),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=cases.batch,
+        compute_loss_func=LabelLoss(selector),
+    )
+    trainer.accelerator.gradient_accumulation_steps = 1  # as docs/integrations.md says
+    return trainer
+
+
+def trl(architecture: dict, out: Path, rows: list[dict], processor: Any, packing: bool, **settings: Any) -> Any:
+    pytest.importorskip("trl")
+    from trl import SFTConfig
+
+    from rho.integrations.trl import SelectiveSFTTrainer
+
+    config = {name: settings.pop(name) for name in list(settings) if name != "selector"}
+    size = 2 if packing else 4  # packed rows hold two
+    arguments = {**cases.arguments(out, size, 2), "bf16": False, "packing": packing, "max_length": 32, **config}
+    return SelectiveSFTTrainer(
+        model=cases.model(architecture),
+        args=SFTConfig(**arguments),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+        **{"selector": cases.SELECTOR, **settings},
+    )
+
+
+def by_torchtitan(titan: ModuleType, architecture: dict, rows: list[dict]) -> cases.Trained:
+    """What its trainer does with a loss: one count of labels over the step, one call for each micro-batch."""
+    network = cases.model(architecture)
+    before, losses = cases.weights(network), []
+    optimizer = torch.optim.SGD(network.parameters(), lr=cases.RATE)
+    loss_fn = titan.SelectiveLoss.Config(ratio=cases.SELECTOR.ratio, seq_len=16).build()
+    batches = [cases.batch(rows[:4]), cases.batch(rows[4:])]
+    labels = [next_labels(batch["labels"]) for batch in batches]
+    count = torch.stack([(label != -100).sum() for label in labels]).sum()
+    for _ in range(cases.STEPS):
+        parts = []
+        for batch, label in zip(batches, labels, strict=True):
+            loss, metrics = loss_fn(network(input_ids=batch["input_ids"]).logits, label, count)
+            assert metrics == {}
+            loss.backward()
+            parts.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(sum(parts))
+    return cases.Trained(losses, cases.changes(before, network))
+
+
+@pytest.fixture(scope="module")
+def expected(architecture: dict) -> cases.Trained:
+    """By the equations alone: logits, Eq. 3, Eq. 5 by sorting, Eq. 4, one batch and autograd."""
+    network = cases.model(architecture)
+    before, losses = cases.weights(network), []
+    optimizer = torch.optim.SGD(network.parameters(), lr=cases.RATE)
+    for _ in range(cases.STEPS):
+        kept = []
+        for row in cases.rows():
+            ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
+            logits = network(input_ids=ids).logits[0]
+            loss = {t: -logits[t - 1].log_softmax(-1)[labels[t]] for t in range(len(labels)) if labels[t] != -100}
+            ranked = sorted(loss, key=lambda t: (float(row["ref_loss"][t] - loss[t].detach()), t))
+            kept += [loss[t] for t in ranked[: round(0.6 * len(loss))]]
+        total = torch.stack(kept).mean()
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item())
+    return cases.Trained(losses, cases.changes(before, network))
+
+
+def check_same(found: cases.Trained, expected: cases.Trained) -> None:
+    assert found.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert found.changes.keys() == expected.changes.keys()
+    for name, change in expected.changes.items():
+        assert (found.changes[name] - change).norm() < 1e-6 * change.norm(), name
+
+
+# --- the same training everywhere --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 4), (5, 1, 2)])
+def test_the_plain_loop(architecture: dict, expected: cases.Trained, sizes: tuple[int, ...]) -> None:
+    check_same(plain_loop(architecture, sizes=sizes), expected)
+
+
+@pytest.mark.parametrize("transport", ["column", "labels"])
+def test_the_mixin(architecture: dict, expected: cases.Trained, tmp_path: Path, transport: str) -> None:
+    rows = [only(row, NAMES) if transport == "column" else cases.packed(row) for row in cases.rows()]
+    check_same(cases.by_trainer(mixin(architecture, tmp_path, rows)), expected)
+
+
+def test_compute_loss_func(architecture: dict, expected: cases.Trained, tmp_path: Path) -> None:
+    trainer = compute_loss_func(architecture, tmp_path, [cases.packed(row) for row in cases.rows()])
+    check_same(cases.by_trainer(trainer), expected)
+
+
+@pytest.mark.parametrize("packing", [False, True, "wrapped"])
+@pytest.mark.parametrize("transport", ["column", "labels", "completion_mask"])
+def test_trl(
+    architecture: dict, expected: cases.Trained, tmp_path: Path, processor: Any, packing: Any, transport: str
+) -> None:
+    names = {"column": NAMES, "completion_mask": ("input_ids", "completion_mask", "ref_loss")}
+    rows = [only(row, names[transport]) if transport in names else cases.packed(row) for row in cases.rows()]
+    settings: dict = {"completion_only_loss": True} if transport == "completion_mask" else {}
+    if packing == "wrapped":
+        # Rows are cut where they are full, so sequences are others: all that is tested is that it trains.
+        trainer = trl(architecture, tmp_path, rows, processor, True, packing_strategy="wrapped", **settings)
+        assert all(loss > 0 for loss in cases.by_trainer(trainer).losses)
+        return
+    check_same(cases.by_trainer(trl(architecture, tmp_path, rows, processor, packing, **settings)), expected)
+
+
+def test_trl_trains_on_what_the_assistant_says_alone(architecture: dict, tmp_path: Path, processor: Any) -> None:
+    rows = []
+    for row in cases.rows():
+        said = [int(t % 4 > 1) for t in range(len(row["input_ids"]))]
+        rows.append({**only(row, ("input_ids", "ref_loss")), "assistant_masks": said})
+    trainer = trl(architecture, tmp_path, rows, processor, True)
+    seen = []
+    trainer.model.register_forward_hook(lambda model, inputs, outputs: seen.append(outputs))
+    cases.by_trainer(trainer)
+    eligible = sum(int(outputs["eligible"].sum()) for outputs in seen[:2])
+    assert eligible == sum(sum(row["assistant_masks"][1:]) for row in rows)
+    assert all((outputs["selected"] <= outputs["eligible"]).all() for outputs in seen)
+
+
+def test_torchtitan(architecture: dict, expected: cases.Trained, torchtitan: ModuleType) -> None:
+    check_same(by_torchtitan(torchtitan, architecture, [cases.packed(row) for row in cases.rows()]), expected)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(architecture: dict, tmp_path_factory: pytest.TempPathFactory) -> tuple[cases.Trained, str]:
+    """Two gloo processes with a half of the rows each; and what they say without scores."""
+    out = tmp_path_factory.mktemp("fsdp2")
+    job = {"architecture": architecture, "changes": str(out / "changes.safetensors"), "losses": str(out / "losses")}
+    (out / "job.json").write_text(json.dumps(job))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "integration_worker.py"), str(out / "job.json")]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **meeting, "RANK": rank, "LOCAL_RANK": rank}, stderr=-1, text=True)
+        for rank in ("0", "1")
+    ]
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    found = json.loads(Path(job["losses"]).read_text())
+    return cases.Trained(found["losses"], load_file(job["changes"])), found["refusal"]
+
+
+def test_fsdp2_on_two_processes(fsdp2: tuple[cases.Trained, str], expected: cases.Trained) -> None:
+    check_same(fsdp2[0], expected)
+
+
+def test_lora_through_the_mixin_reaches_the_adapters_alone(architecture: dict, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(cases.model(architecture), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    trainer = MixedTrainer(
+        model=adapted,
+        args=TrainingArguments(**cases.arguments(tmp_path, 4, 2)),
+        train_dataset=Dataset.from_list([only(row, NAMES) for row in cases.rows()]),
+        data_collator=cases.batch,
+        selector=cases.SELECTOR,
+    )
+    changed = {name for name, change in cases.by_trainer(trainer).changes.items() if change.any()}
+    assert changed and all("lora_" in name for name in changed)
+
+
+# --- without scores ----------------------------------------------------------------------------------------------
+
+
+def test_the_plain_loop_refuses_to_go_without_scores(architecture: dict) -> None:
+    rows = [{**row, "ref_loss": None} for row in cases.rows()]
+    batch = cases.batch([only(row, NAMES[:2]) for row in rows])
+    hidden, weight = torch.zeros(8, 16, 16), torch.zeros(cases.VOCABULARY, 16)
+    with pytest.raises(ValueError, match="needs the reference's ref_loss, found none"):
+        rho.selective_loss(hidden, weight, batch["labels"], None, cases.SELECTOR)
+    nothing = torch.full(batch["labels"].shape, torch.nan)
+    with pytest.raises(ValueError, match="no token was selected: 80 have a label, 0 of them"):
+        rho.selective_loss(hidden, weight, batch["labels"], nothing, cases.SELECTOR)
+
+
+def test_the_mixin_refuses_to_train_without_scores(architecture: dict, tmp_path: Path) -> None:
+    trainer = mixin(architecture, tmp_path, [only(row, NAMES[:2]) for row in cases.rows()])
+    with pytest.raises(MismatchError, match=r"needs the reference's ref_loss, found none.*The training rows have"):
+        trainer.train()
+
+
+def test_compute_loss_func_refuses_to_train_without_scores(architecture: dict, tmp_path: Path) -> None:
+    trainer = compute_loss_func(architecture, tmp_path, [only(row, NAMES[:2]) for row in cases.rows()])
+    with pytest.raises(ValueError, match="labels hold no score: these are plain token ids"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_trl_refuses_to_train_without_scores(architecture: dict, tmp_path: Path, processor: Any, packing: bool) -> None:
+    with pytest.raises(MismatchError, match="the training rows need input_ids and ref_loss"):
+        trl(architecture, tmp_path, [only(row, ("input_ids",)) for row in cases.rows()], processor, packing)
+    trainer = trl(architecture, tmp_path, [only(row, NAMES[:2]) for row in cases.rows()], processor, packing)
+    with pytest.raises(MismatchError, match="needs the reference's ref_loss, found none"):
+        trainer.train()
+
+
+def test_torchtitan_refuses_to_train_without_scores(architecture: dict, torchtitan: ModuleType) -> None:
+    with pytest.raises(ValueError, match="labels hold no score"):
+        by_torchtitan(torchtitan, architecture, [only(row, NAMES[:2]) for row in cases.rows()])
+
+
+def test_fsdp2_refuses_to_train_without_scores(fsdp2: tuple[cases.Trained, str]) -> None:
+    assert "needs the reference's ref_loss, found none" in fsdp2[1]
+
+
+# --- what is said of the trainers' limits ------------------------------------------------------------------------
+
+
+def test_a_count_of_labels_gives_eq_4_but_for_one_factor(architecture: dict, tmp_path: Path) -> None:
+    rows = [{name: values[:9] for name, values in only(row, NAMES).items()} for row in cases.rows()]
+    rows = [row for row in rows if len(row["input_ids"]) == 9]
+    exact = cases.by_trainer(mixin(architecture, tmp_path, rows))
+    found = cases.by_trainer(compute_loss_func(architecture, tmp_path, [cases.packed(row) for row in rows]))
+    labels = [sum(label != -100 for label in row["labels"]) for row in rows]
+    factor = sum(round(0.6 * n) for n in labels) / (0.6 * sum(labels))
+    assert factor != 1.0 and found.losses[0] == pytest.approx(factor * exact.losses[0], rel=1e-9)
+
+
+def test_a_padding_free_batch_ranks_each_sequence_by_itself(architecture: dict, tmp_path: Path) -> None:
+    trainer = mixin(architecture, tmp_path, [only(row, NAMES) for row in cases.rows()])
+    flat = {
+        "labels": torch.tensor([[-100, 11, 12, -100, 21]]),
+        "ref_loss": torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]]),
+        "cu_seq_lens_q": torch.tensor([0, 3, 5], dtype=torch.int32),
+    }
+    rows = trainer._unpacked(flat)
+    assert rows["labels"].tolist() == [[-100, 11, 12], [-100, 21, -100]]
+    assert rows["ref_loss"][0].tolist() == [0.0, 1.0, 2.0] and rows["ref_loss"][1, 1] == 4.0
+    assert rows["rows"].tolist() == [[0, 1, 2], [3, 4, 0]]
+
+
+@pytest.mark.parametrize("labels", ["plain", "packed"])
+def test_evaluation_counts_every_label_with_or_without_scores(architecture: dict, tmp_path: Path, labels: str) -> None:
+    rows = [only(row, NAMES[:2]) if labels == "plain" else cases.packed(row) for row in cases.rows()]
+    trainer = mixin(architecture, tmp_path, rows)
+    trainer.args.per_device_eval_batch_size = 8
+    batch = cases.batch([only(row, NAMES[:2]) for row in cases.rows()])
+    logits = trainer.model.eval()(input_ids=batch["input_ids"]).logits
+    mean = clm_loss(token_loss(logits, batch["labels"]).nan_to_num(), batch["labels"] != -100)
+    found = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    assert found == pytest.approx(float(mean.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("way", ["mixin", "trl", "compute_loss_func"])
+def test_loss_weights_need_no_reference(architecture: dict, tmp_path: Path, processor: Any, way: str) -> None:
+    draw = torch.Generator().manual_seed(1)
+    rows, kept = [], []
+    for row in cases.rows():
+        weights = torch.randint(1, 4, (len(row["labels"]),), generator=draw) / 2
+        rows.append({**only(row, NAMES[:2]), "loss_weights": weights.tolist()})
+    network = cases.model(architecture)
+    for row in rows:
+        loss = token_loss(network(input_ids=torch.tensor([row["input_ids"]])).logits, torch.tensor([row["labels"]]))[0]
+        kept += [w * v for w, v, label in zip(row["loss_weights"], loss, row["labels"], strict=True) if label != -100]
+    selector = Selector(weighting="loss_weights")
+    if way == "mixin":
+        trainer = mixin(architecture, tmp_path, rows, selector=selector)
+    elif way == "trl":
+        trainer = trl(architecture, tmp_path, rows, processor, True, selector=selector)
+    else:
+        both = [{**row, "ref_loss": row["loss_weights"]} for row in rows]
+        trainer = compute_loss_func(architecture, tmp_path, [cases.packed(row) for row in both], selector)
+    assert cases.by_trainer(trainer).losses[0] == pytest.approx(float(torch.stack(kept).detach().mean()), rel=1e-6)
+
+
+def test_weights_of_one_and_zero_are_a_mask(architecture: dict) -> None:
+    batch = cases.batch([only(row, NAMES) for row in cases.rows()])
+    network = cases.model(architecture)
+    hidden = network.base_model(input_ids=batch["input_ids"]).last_hidden_state.detach().requires_grad_()
+    weight, labels = network.lm_head.weight, batch["labels"]
+    one = rho.selective_loss(hidden, weight, labels, batch["ref_loss"], cases.SELECTOR)
+    mask = one.selected_BT.float()
+    two = rho.selective_loss(hidden, weight, labels, None, Selector(weighting="loss_weights"), loss_weights_BT=mask)
+    assert torch.equal(one.selected_BT, two.selected_BT) and one.num_selected == two.num_selected == 48
+    for found in (one.loss, two.loss):
+        found.backward()
+    torch.testing.assert_close(one.loss, two.loss, rtol=1e-12, atol=0.0)
+
+
+def test_other_losses_and_settings_are_refused(architecture: dict, tmp_path: Path, processor: Any) -> None:
+    rows = [only(row, NAMES) for row in cases.rows()]
+    with pytest.raises(ConfigError, match="compute_loss_func: the selection makes the loss"):
+        mixin(architecture, tmp_path, rows, compute_loss_func=lambda *_, **__: None)
+    with pytest.raises(ConfigError, match="scope dataset needs the cut"):
+        mixin(architecture, tmp_path, rows, selector=Selector("ref_loss", 0.5, "dataset"))
+    for selector in (Selector("excess", 0.5, "step"), Selector("random", 0.5)):
+        with pytest.raises(ValueError, match=r"one selection of scope sequence or batch|block numbers"):
+            LabelLoss(selector)
+    with pytest.raises(ValueError, match="scope running needs the whole step or past ones"):
+        LabelLoss(Selector("excess", 0.5, "running"))
+    with pytest.raises(ConfigError, match="loss_type dft"):
+        trl(architecture, tmp_path, rows, processor, False, loss_type="dft")
+    two = Selector("ref_loss", 0.5, second=Selector("ref_entropy", 0.5))
+    with pytest.raises(ConfigError, match="one column fits into the labels"):
+        trl(architecture, tmp_path, rows, processor, False, selector=two)
+
+
+def test_torchtitan_refuses_parts_of_sequences(torchtitan: ModuleType) -> None:
+    loss_fn = torchtitan.SelectiveLoss.Config(ratio=0.6, seq_len=16).build()
+    with pytest.raises(ValueError, match=r"expected logits \(B, 16, V\).*ChunkedLossWrapper"):
+        loss_fn(torch.zeros(2, 4, 9), torch.zeros(2, 4, dtype=torch.int64), torch.tensor(8))
+
+
+def test_torchtitans_loader_gives_each_rank_its_blocks_and_goes_on(
+    torchtitan: ModuleType, corpus: Path, scores: Path
+) -> None:
+    def loader(rank: int, **settings: Any) -> Any:
+        config = torchtitan.SelectiveDataLoader.Config(corpus=str(corpus), scores=str(scores), **settings)
+        return config.build(dp_world_size=2, dp_rank=rank, seq_len=16, local_batch_size=2, tokenizer=None)
+
+    seen = set()
+    for rank in (0, 1):
+        batches = iter(loader(rank))
+        some = [next(batches) for _ in range(3)]
+        seen |= {tuple(row) for inputs, _ in some for row in inputs["input"].tolist()}
+        plain, _ = rho.split_labels(some[0][1])
+        inputs = some[0][0]["input"]
+        here = plain[:, :-1] != -100
+        assert here.any() and torch.equal(plain[:, :-1][here], inputs[:, 1:][here]) and (plain[:, -1] == -100).all()
+    assert len(seen) == 12
+    one, other = loader(0), loader(0)
+    batches = iter(one)
+    _, state = [next(batches) for _ in range(2)], one.state_dict()
+    other.load_state_dict(state)
+    assert torch.equal(next(iter(other))[1], next(batches)[1])
+    with pytest.raises(MismatchError, match=r"blocks have 16 tokens, training.seq_len is 32"):
+        config = torchtitan.SelectiveDataLoader.Config(corpus=str(corpus), scores=str(scores))
+        config.build(dp_world_size=1, dp_rank=0, seq_len=32, local_batch_size=2, tokenizer=None)
+    with pytest.raises(ConfigError, match="num_workers 2"):
+        loader(0, num_workers=2)
+
+
+def test_a_selective_model_is_for_everybody_else_what_it_was(architecture: dict) -> None:
+    network = cases.model(architecture).eval()
+    ids = torch.arange(5, 15)[None]
+    before = network(input_ids=ids).logits
+    make_selective(network, cases.SELECTOR)
+    assert torch.equal(network(input_ids=ids).logits, before)
