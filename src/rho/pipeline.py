@@ -97,7 +97,7 @@ class _Pipeline:
         path = config.path
         if config.vocab_size is not None:
             corpora = [self.config.corpora[name] for name in config.corpora]
-            pairs = [(source, corpus.text_field) for corpus in corpora for source in corpus.sources]
+            pairs = [(part.source, part.text_field or corpus.text_field) for corpus in corpora for part in corpus.parts]
             train_tokenizer(
                 [source for source, _ in pairs],
                 config.vocab_size,
