@@ -69,6 +69,42 @@ def run(
 
 
 @app.command(cls=Command)
+def plan(
+    config: Annotated[Path, typer.Argument(help="The run's YAML.")],
+    devices: Annotated[int, typer.Option(help="Accelerators that share each stage.")] = 1,
+    device: Annotated[Literal["a100", "h100", "h200"], typer.Option(help="What they are.")] = "h100",
+    mfu: Annotated[float, typer.Option(help="Share of their peak FLOP/s, where no throughput is known.")] = 0.3,
+    throughput: Annotated[
+        list[str] | None, typer.Option(help="STAGE=tokens a second of one device; reference, scores, train ...")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Of one device for an hour.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Counted instead of the run's model: a folder, or its config as YAML or JSON.")
+    ] = None,
+    run_folder: Annotated[
+        Path | None, typer.Option("--run", help="Run directory that has begun: its sizes and speeds are taken.")
+    ] = None,
+    overrides: Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """What a run will cost: FLOPs, hours, money, disk. Nothing is built."""
+    from rich.console import Console
+
+    from rho import plan as stage
+    from rho.config import load_config, validated
+    from rho.models import ModelConfig
+
+    rates = _named("--throughput", throughput or [], what="tokens a second")
+    settings = {"devices": devices, "device": device, "mfu": mfu, "price": price, "throughput": rates}
+    planned, run = validated(stage.PlanConfig, settings, "rho plan"), load_config(config, overrides or [])
+    costs = stage.plan(planned, run, ModelConfig.parse(model) if model else None, run_folder)
+    if as_json:
+        print(stage.as_json(planned, run, costs))
+    else:
+        Console(width=max(Console().width, 120), highlight=False).print(stage.table(planned, run, costs))
+
+
+@app.command(cls=Command)
 def tokenizer(
     sources: Annotated[list[str], typer.Argument(help="Text: files, folders, hf:NAME, docstrings:PACKAGE ...")],
     out: Out,
@@ -372,13 +408,13 @@ def verify(
         )
 
 
-def _named(option: str, values: list[str], only: str | None = None) -> dict[str, str]:
+def _named(option: str, values: list[str], only: str | None = None, what: str = "folder") -> dict[str, str]:
     """`["a=x", "b=y"]` as a mapping; a single value without a name gets the name `only`."""
     if only is not None and len(values) == 1 and "=" not in values[0]:
         return {only: values[0]}
     pairs = [value.partition("=") for value in values]
     if not all(name and folder for name, _, folder in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
-        raise ConfigError(f"{option}: expected name=folder, each name once, found {' '.join(values)}.")
+        raise ConfigError(f"{option}: expected name={what}, each name once, found {' '.join(values)}.")
     return {name: folder for name, _, folder in pairs}
 
 

@@ -89,6 +89,13 @@ class CorpusConfig(BaseModel):
         """The sources, the plain ones too, as `SourceConfig`."""
         return [SourceConfig(source=one) if isinstance(one, str) else one for one in self.sources]
 
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens it can have at most, where that is limited."""
+        of_parts = [part.max_tokens for part in self.parts]
+        limits = [self.max_tokens, None if None in of_parts else sum(limit or 0 for limit in of_parts)]
+        return min((limit for limit in limits if limit is not None), default=None)
+
 
 def build_corpus(config: CorpusConfig, tokenizer: Tokenizer, out: str | os.PathLike[str]) -> Manifest:
     """Tokenize and pack documents into the stage folder `out`: `train-*.parquet`, `validation-*.parquet`, tokenizer.
