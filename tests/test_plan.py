@@ -214,9 +214,9 @@ def test_a_served_reference_costs_its_price_a_token(run):
 
 def test_what_a_run_has_built_and_reached_is_taken_from_it(run, tmp_path):
     """95 blocks in all; the two processes of the one arm that has begun do 300 tokens a second after the first step."""
-    splits = {"train": {"blocks": 90}, "validation": {"blocks": 5}}
+    splits, settings = {"train": {"blocks": 90}, "validation": {"blocks": 5}}, run().corpora["noisy"].settings
     for folder, made in {
-        "corpus/noisy": Manifest("corpus", {}, {}, facts={"splits": splits}, status="complete"),
+        "corpus/noisy": Manifest("corpus", settings, {}, facts={"splits": splits}, status="complete"),
         "train/slm-seed0": Manifest("train", {}, {}, environment={"processes": 2}),
     }.items():
         (tmp_path / folder).mkdir(parents=True)
@@ -228,6 +228,8 @@ def test_what_a_run_has_built_and_reached_is_taken_from_it(run, tmp_path):
     assert costs["scores/reference"].tokens == 90 * 8
     assert costs["train/slm-seed0"].tokens_per_second == costs["train/clm-seed0"].tokens_per_second == 150
     assert costs["reference"].mfu == pytest.approx(0.3)
+    more = by_stage(plan(PlanConfig(), run("corpora.noisy.max_tokens=20000"), folder=tmp_path))
+    assert more["corpus/noisy"].tokens == 20_000  # what is there is of a corpus with other settings
     given = by_stage(plan(PlanConfig(throughput={"train": 7}), run(), folder=tmp_path))
     assert given["train/slm-seed0"].tokens_per_second == 7
 
@@ -414,3 +416,18 @@ def test_a_model_that_can_not_be_reached_is_given_as_its_config(run, rho, tmp_pa
     assert "TinyLlama-1.1B-intermediate-step-1431k-3T: its config can't be read" in err and "--model" in err
     assert rho("plan", path, "--model", RECIPES / "models" / "tinyllama-1.1b.yaml")[0] == 0
     assert not Path("runs").exists()
+
+
+def test_the_plans_in_the_documentation_are_what_the_commands_print(rho, monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    shown: dict[str, list[str]] = {}
+    for line in (root / "docs" / "full-scale.md").read_text().partition("\n$ ")[2].partition("\n```")[0].splitlines():
+        if line.removeprefix("$ ").startswith("rho plan"):
+            shown[line.removeprefix("$ ")] = []
+        else:
+            shown[list(shown)[-1]].append(line)
+    assert len(shown) == 3
+    for command, lines in shown.items():
+        _, out, _ = rho(*command.split()[1:])
+        assert [line.rstrip() for line in out.splitlines()] == lines

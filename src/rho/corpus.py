@@ -90,6 +90,14 @@ class CorpusConfig(BaseModel):
         return [SourceConfig(source=one) if isinstance(one, str) else one for one in self.sources]
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What a built corpus notes of this, as JSON values.
+
+        Not what becomes of a bad record: that may be decided when there is one, and what was built before it is kept.
+        """
+        return self.model_dump(mode="json", exclude={"skip_bad_records"})
+
+    @property
     def most_tokens(self) -> int | None:
         """How many tokens it can have at most, where that is limited."""
         of_parts = [part.max_tokens for part in self.parts]
@@ -108,9 +116,7 @@ def build_corpus(config: CorpusConfig, tokenizer: Tokenizer, out: str | os.PathL
         DataError: unreadable input (see `rho.sources`), or less text than one block.
     """
     inputs = {"tokenizer": tokenizer.fingerprint, **source_hashes([part.source for part in config.parts])}
-    # What becomes of a bad record may be decided when there is one: what was built before it is kept.
-    settings = config.model_dump(exclude={"skip_bad_records"})
-    with open_stage(out, "corpus", settings, inputs) as stage:
+    with open_stage(out, "corpus", config.settings, inputs) as stage:
         if stage.fresh:
             return stage.manifest
         build = _Build(config, stage)

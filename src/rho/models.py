@@ -113,8 +113,8 @@ def skeleton(config: ModelConfig, vocab_size: int | None = None) -> PreTrainedMo
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise ConfigError(
-                f"{config.path}: its config can't be read ({reason}). Check the path or name, or give the model's config "
-                "as a YAML or JSON file (--model)."
+                f"{config.path}: its config can't be read ({reason}). Check the path or name, or give the model's "
+                "config as a YAML or JSON file (--model)."
             ) from error
 
 

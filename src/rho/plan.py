@@ -162,10 +162,13 @@ class _Plan:
         ]
 
     def size(self, name: str, split: str | None = None) -> int | None:
-        """Tokens of a corpus, or one split of it: as it was built, or as it may have at most; None if nobody knows."""
+        """Tokens of a corpus, or one split of it: as it was built, or as it may have at most; None if nobody knows.
+
+        One that was built with other settings says nothing: a run of a few steps may have less text.
+        """
         corpus = self.run.corpora[name]
         built = load_manifest(self.folder / "corpus" / name) if self.folder else None
-        if built is not None and built.status == "complete":
+        if built is not None and built.status == "complete" and built.config == corpus.settings:
             splits = built.facts["splits"]
             blocks = splits[split]["blocks"] if split else sum(one["blocks"] for one in splits.values())
             return blocks * corpus.block_length
