@@ -125,7 +125,10 @@ def _contents(sources: tuple[str, ...]) -> list[str]:
 
 def _text(config: CorpusConfig, tokenizer: str) -> str:
     settings = {key: value for key, value in _set(config).items() if key not in ("sources", "shard_blocks")}
-    return hash_json([tokenizer, settings, _contents(tuple(config.sources))])
+    own = [part.model_dump(exclude={"source"}, exclude_defaults=True) for part in config.parts]
+    if any(own):  # a mix
+        settings["parts"] = own
+    return hash_json([tokenizer, settings, _contents(tuple(part.source for part in config.parts))])
 
 
 def _set(config: BaseModel) -> dict[str, Any]:
@@ -201,7 +204,8 @@ class Experiment:
         if config.after is not None:
             self.prepare(self.config.lineage(config.after))
             self.pipeline.train(config.after, self.config.train.seeds[0])
-        self.pipeline.reference(name)
+        if config.corpus is not None:
+            self.pipeline.reference(name)
         label, identity = reference_folder(name), self.identity.reference(name)
         if config.corpus is not None and not self.recorded(label, config.seed, identity):
             folder = self.folder / label

@@ -234,7 +234,7 @@ def store(steps: int, folder: Path) -> dict[str, Any]:
     from rho.train import TrainConfig, train
 
     config = load_config(DEMO)
-    sources = [source for name in config.tokenizer.corpora for source in config.corpora[name].sources]
+    sources = [part.source for name in config.tokenizer.corpora for part in config.corpora[name].parts]
     train_tokenizer(sources, config.tokenizer.vocab_size or 0, folder / "tokenizer", max_characters=3_000_000)
     tokenizer = Tokenizer.load(folder / "tokenizer" / "tokenizer")
     for name in ("curated", "noisy"):

@@ -236,6 +236,24 @@ def test_a_reference_waits_for_those_of_all_the_arms_it_goes_on_after(load):
         load({"reference": None, "references": two, "train.arms": arms})
 
 
+def test_the_stages_of_a_run_are_in_order_each_once(load):
+    references = {
+        "first": {"corpus": "curated"},
+        "given": {"path": "model"},
+        "later": {"corpus": "curated", "after": "slm"},
+    }
+    names = {f"train.arms.{arm}.references": {"names": ["first"]} for arm in ("clm", "slm")}
+    config = load({"reference": None, "references": references, "train.seeds": [3, 4], **names})
+    assert [stage.folder for stage in config.stages()] == [
+        *("corpus", "reference-first", "scores/first", "scores/given", "train/slm-seed3", "reference-later"),
+        *("scores/later", "train/clm-seed3", "train/clm-seed4", "train/slm-seed4", "evaluate", "dynamics", "report"),
+    ]
+    chosen = config.stages(["train/clm-seed4", "reference"])
+    assert [stage.folder for stage in chosen] == ["reference-first", "reference-later", "train/clm-seed4"]
+    with pytest.raises(ConfigError, match=r"no stage 'train/clm' in this run; found corpus, reference, .*clm-seed3"):
+        config.stages(["train/clm"])
+
+
 def test_an_online_reference_is_a_model_that_is_here_and_the_only_one_of_its_arm(load):
     with pytest.raises(ConfigError, match="'online' is for a model that is here"):
         load({"reference": {"corpus": "curated", "tokenizer": "other", "online": True}})

@@ -315,6 +315,27 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(build):
     assert read_manifest(folder).facts["splits"]["train"]["tokens"] == 24
 
 
+def test_a_mix_takes_of_each_source_what_it_is_asked_for(tmp_path, tokenizer):
+    """Documents of 8 tokens with their ends: 24 of a, 16 of b, whose text is in two other fields, all of c."""
+    for name, record in {"a": {"text": "1234567"}, "b": {"q": "123", "a": "567"}, "c": {"text": "7654321"}}.items():
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(record) + "\n") * 5)
+    sources = [
+        {"source": str(tmp_path / "a.jsonl"), "max_tokens": 17},
+        {"source": str(tmp_path / "b.jsonl"), "max_tokens": 16, "text_field": ["q", "a"]},
+        str(tmp_path / "c.jsonl"),
+    ]
+    config = CorpusConfig(sources=sources, block_length=8)
+    manifest = build_corpus(config, tokenizer, tmp_path / "mix")
+    mix = Corpus(tmp_path / "mix")
+    read = [mix.row(block, ("input_ids", "source")) for block in range(len(mix))]
+    texts = [tokenizer.backend.decode(row["input_ids"][:-1].tolist()) for row in read]
+    assert texts == ["1234567"] * 3 + ["123\n567"] * 2 + ["7654321"] * 5
+    assert [str(row["source"][0]) for row in read] == ["a"] * 3 + ["b"] * 2 + ["c"] * 5
+    assert {Path(name).name for name in manifest.inputs if name != "tokenizer"} == {"a.jsonl", "b.jsonl", "c.jsonl"}
+    whole = config.model_copy(update={"max_tokens": 30})
+    assert build_corpus(whole, tokenizer, tmp_path / "less").facts["splits"]["train"]["tokens"] == 32
+
+
 # Reproducing and resuming
 
 INTERRUPTED = {"block_length": 8, "heldout_fraction": 0.3, "shard_blocks": 20, "skip_bad_records": True}
@@ -339,12 +360,14 @@ def test_the_same_build_gives_the_same_bytes(tmp_path, tokenizer, long_source):
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
-@pytest.mark.parametrize("max_tokens", [None, 2000])
+@pytest.mark.parametrize("max_tokens", [None, 2000, "of each"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_build_that_is_interrupted_at_every_shard_ends_in_the_same_bytes(
     tmp_path, monkeypatch, tokenizer, long_source, when, max_tokens
 ):
-    config = CorpusConfig(sources=[str(long_source)], max_tokens=max_tokens, **INTERRUPTED)
+    of_each = max_tokens == "of each"
+    sources = [{"source": str(long_source), "max_tokens": 1500}] * 2 if of_each else [str(long_source)]
+    config = CorpusConfig(sources=sources, max_tokens=None if of_each else max_tokens, **INTERRUPTED)
     whole = build_corpus(config, tokenizer, tmp_path / "whole")
     original, folder = module.write_shard, tmp_path / "interrupted"
     interruptions: list[Path] = []
@@ -404,7 +427,7 @@ def test_a_build_stopped_when_it_had_all_its_tokens_reads_no_further(tmp_path, m
 
     def stop_when_full(self) -> None:
         save(self)
-        if self.full():
+        if self.full(config.parts[0]):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(module._Build, "save_progress", stop_when_full)

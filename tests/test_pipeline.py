@@ -1,7 +1,9 @@
 """A whole run, end to end: its report, freshness, one more arm, and interruption in every stage."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from rho.errors import ConfigError, MismatchError
 from rho.models import ModelConfig, source_hash
 from rho.runs import read_manifest
 
+ROOT = Path(__file__).parents[1]
 ARMS = {"clm": {}, "slm": {"ratio": 0.6}, "random": {"ratio": 0.6, "score": "random"}}
 STEPS = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
 
@@ -110,6 +113,52 @@ def test_an_online_reference_needs_no_store(finished, config_file):
     assert inputs["reference"] == read_manifest(finished / "scores" / "reference").inputs["reference"]
 
 
+def test_stages_can_be_run_one_by_one(finished, config_file):
+    folder = config_file.parent / "one-by-one"
+    config = load_config(config_file, ["train.seeds=[0]"])
+    for stage in ("corpus", "reference", "scores/reference", "train/slm-seed0", "train", "evaluate", "dynamics"):
+        assert pipeline.run(config, folder, [stage]) == folder
+        if stage == "train/slm-seed0":
+            assert [path.name for path in (folder / "train").iterdir()] == ["slm-seed0"]
+    before = state(folder)
+    assert pipeline.run(config, folder) == folder / "report" / "index.html"
+    changed = {name for name, content in state(folder).items() if before.get(name) != content}
+    assert {name.partition("/")[0] for name in changed} == {"report", "config.yaml"}
+    for arm in ARMS:
+        model = f"train/{arm}-seed0/model/model.safetensors"
+        assert (folder / model).read_bytes() == (finished / model).read_bytes()
+
+
+def test_only_reference_and_training_are_for_several_processes(config_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started; corpus is for one"):
+        pipeline.run(load_config(config_file), tmp_path / "run")
+    with pytest.raises(ConfigError, match="scores/reference is for one"):
+        pipeline.run(load_config(config_file), tmp_path / "run", ["reference", "scores"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_train_what_one_has_prepared_and_one_goes_on(config_file):
+    """As docs/full-scale.md has it; the reference is online, so that one launch does all that is for two."""
+    folder = config_file.parent / "launched"
+    halves = ["reference.arguments.per_device_train_batch_size=2", "train.arguments.per_device_train_batch_size=2"]
+    settings = [*halves, "reference.online=true", "train.seeds=[0]", "train.arms={clm: {}, slm: {ratio: 0.6}}"]
+    config = load_config(config_file, settings)
+    pipeline.run(config, folder, ["corpus"])
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", pipeline.DEMO.parent / "accelerate" / "ddp.yaml", "--main_process_port", "0"]
+    launch += ["--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no"]
+    command = [*launch, "-m", "rho", "run", config_file, "--out", folder, "--only", "reference", "--only", "train"]
+    command += [part for setting in settings for part in ("--set", setting)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    for stage in ("reference", "train/clm-seed0", "train/slm-seed0"):
+        rows = [json.loads(line) for line in (folder / stage / "steps.jsonl").read_text().splitlines()]
+        assert [row["tokens_seen"] for row in rows] == [64, 128, 192, 256]  # 2 processes of 2 blocks of 16 tokens
+    assert pipeline.run(config, folder).is_file()
+
+
 def test_references_of_another_size_and_of_a_later_round(finished, config_file):
     """`small` has a model of its own; `later` starts from what the arm `slm` learned, with `small` as its reference."""
     tree = yaml.safe_load(config_file.read_text())
@@ -184,7 +233,6 @@ def parameters(stage: Path) -> int:
     return sum(weight.numel() for weight in load_file(stage / "model" / "model.safetensors").values())
 
 
-ROOT = Path(__file__).parents[1]
 DEMO_DATA = ROOT / ".." / "shared" / "data" / "demo"
 
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rho.command import Command, Commands
+from rho.cli_scores import scores_app
+from rho.command import Command, Commands, CorpusFolder
 from rho.errors import ConfigError, DataError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Selective Language Modeling (Rho-1): train a language model on the tokens that matter.",
 )
+app.add_typer(scores_app, name="scores")
 
 Out = Annotated[Path, typer.Option(help="Output folder: new, or the same one again to go on.")]
 RunFolder = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/NAME unless given.")]
@@ -29,7 +31,6 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="key.of.it=value: o
 Arguments = Annotated[
     list[str] | None, typer.Option("--set", help="name=value: a field of transformers.TrainingArguments.")
 ]
-CorpusFolder = Annotated[Path, typer.Option("--corpus", help="Folder that `rho corpus` wrote.")]
 Target = Annotated[
     Path | None,
     typer.Option(help="Corpus whose validation split is the wanted domain: a reference must be better on it."),
@@ -48,20 +49,59 @@ def demo(out: RunFolder = None, overrides: Set = None) -> None:
     """The whole pipeline on text that is on this machine already; ends in a report."""
     from rho.pipeline import DEMO
 
-    run(DEMO, out, overrides)
+    run(DEMO, out, overrides=overrides)
 
 
 @app.command(cls=Command)
 def run(
     config: Annotated[Path, typer.Argument(help="The run's YAML, for instance recipes/demo.yaml.")],
     out: RunFolder = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A stage: corpus, reference, scores, train, train/ARM-seedN ... (repeat).")
+    ] = None,
     overrides: Set = None,
 ) -> None:
     """Every stage of a config, in order; what is fresh is left alone, what was interrupted goes on."""
     from rho import pipeline
     from rho.config import load_config
 
-    print(pipeline.run(load_config(config, overrides or []), out))
+    print(pipeline.run(load_config(config, overrides or []), out, only or []))
+
+
+@app.command(cls=Command)
+def plan(
+    config: Annotated[Path, typer.Argument(help="The run's YAML.")],
+    devices: Annotated[int, typer.Option(help="Accelerators that share each stage.")] = 1,
+    device: Annotated[Literal["a100", "h100", "h200"], typer.Option(help="What they are.")] = "h100",
+    mfu: Annotated[float, typer.Option(help="Share of their peak FLOP/s, where no throughput is known.")] = 0.3,
+    throughput: Annotated[
+        list[str] | None, typer.Option(help="STAGE=tokens a second of one device; reference, scores, train ...")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Of one device for an hour.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Counted instead of the run's model: a folder, or its config as YAML or JSON.")
+    ] = None,
+    run_folder: Annotated[
+        Path | None, typer.Option("--run", help="Run directory that has begun: its sizes and speeds are taken.")
+    ] = None,
+    overrides: Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """What a run will cost: FLOPs, hours, money, disk. Nothing is built."""
+    from rich.console import Console
+
+    from rho import plan as stage
+    from rho.config import load_config, validated
+    from rho.models import ModelConfig
+
+    rates = _named("--throughput", throughput or [], what="tokens a second")
+    settings = {"devices": devices, "device": device, "mfu": mfu, "price": price, "throughput": rates}
+    planned, run = validated(stage.PlanConfig, settings, "rho plan"), load_config(config, overrides or [])
+    costs = stage.plan(planned, run, ModelConfig.parse(model) if model else None, run_folder)
+    if as_json:
+        print(stage.as_json(planned, run, costs))
+    else:
+        Console(width=max(Console().width, 120), highlight=False).print(stage.table(planned, run, costs))
 
 
 @app.command(cls=Command)
@@ -370,51 +410,6 @@ def verify(
         )
 
 
-scores_app = typer.Typer(no_args_is_help=True, help="Look into score stores.")
-app.add_typer(scores_app, name="scores")
-Store = Annotated[Path, typer.Argument(help="Folder that `rho score` wrote.")]
-
-
-@scores_app.command("ls", cls=Command)
-def scores_ls(folder: Annotated[Path, typer.Argument(help="Where to look, this folder and below.")]) -> None:
-    """The stores in a folder, a JSON line each."""
-    from rho.store import ScoreStore
-    from rho.tables import stores_in, summary
-
-    for store in stores_in(folder):
-        print(json.dumps(summary(ScoreStore(store))))
-
-
-@scores_app.command("show", cls=Command)
-def scores_show(
-    store: Store, corpus: CorpusFolder, block: Annotated[int, typer.Option(help="Its number, from 0.")] = 0
-) -> None:
-    """One block, a line a token: position, loss, entropy, text."""
-    from rho.corpus import Corpus
-    from rho.store import ScoreStore
-    from rho.tables import token_rows
-
-    scores, text = ScoreStore(store), Corpus(corpus)
-    scores.check_corpus(text)
-    if not 0 <= block < len(scores):
-        raise ConfigError(f"--block: expected 0 to {len(scores) - 1}, found {block}.")
-    rows = token_rows(scores, text, block)
-    for row in zip(rows["position"], rows["ref_loss"], rows["ref_entropy"], rows["text"], strict=True):
-        print("{:5d} {:9.4f} {:9.4f}  {!r}".format(*row))  # repr: no escape sequence of a text reaches the terminal
-
-
-@scores_app.command("export", cls=Command)
-def scores_export(
-    store: Store, corpus: CorpusFolder, out: Annotated[Path, typer.Option(help="The Parquet file to write.")]
-) -> None:
-    """Parquet with one row a token."""
-    from rho.corpus import Corpus
-    from rho.store import ScoreStore
-    from rho.tables import export
-
-    print(f"{export(ScoreStore(store), Corpus(corpus), out):,} rows in {out}")
-
-
 @app.command(cls=Command)
 def doctor(model: Annotated[str | None, typer.Option(help="Also examine this model.")] = None) -> None:
     """Which integrations work with what is installed here, which versions are tested, and why not."""
@@ -423,13 +418,13 @@ def doctor(model: Annotated[str | None, typer.Option(help="Also examine this mod
     show(examine(model))
 
 
-def _named(option: str, values: list[str], only: str | None = None) -> dict[str, str]:
+def _named(option: str, values: list[str], only: str | None = None, what: str = "folder") -> dict[str, str]:
     """`["a=x", "b=y"]` as a mapping; a single value without a name gets the name `only`."""
     if only is not None and len(values) == 1 and "=" not in values[0]:
         return {only: values[0]}
     pairs = [value.partition("=") for value in values]
     if not all(name and folder for name, _, folder in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
-        raise ConfigError(f"{option}: expected name=folder, each name once, found {' '.join(values)}.")
+        raise ConfigError(f"{option}: expected name={what}, each name once, found {' '.join(values)}.")
     return {name: folder for name, _, folder in pairs}
 
 

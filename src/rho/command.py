@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from rho.errors import RhoError, Stopped
 from rho.progress import say
+
+CorpusFolder = Annotated[Path, typer.Option("--corpus", help="Folder that `rho corpus` wrote.")]
 
 
 class Command(TyperCommand):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,7 +17,7 @@ from rho.errors import ConfigError
 from rho.evaluate import EvaluateConfig
 from rho.models import ModelConfig
 from rho.references.api import ApiConfig
-from rho.report.data import REFERENCE, is_reference
+from rho.report.data import REFERENCE, is_reference, reference_folder
 from rho.runs import atomic_write
 from rho.score import ScoreConfig
 from rho.train import Arguments, References, TrainConfig
@@ -135,6 +135,20 @@ class DynamicsSection(DynamicsConfig):
 
     set: str
     arms: list[str] | None = Field(None, min_length=1)
+
+
+class StageName(NamedTuple):
+    """One stage of a run: what it does, for which reference or arm, and with which seed."""
+
+    kind: Literal["corpus", "reference", "scores", "train", "evaluate", "dynamics", "report"]
+    name: str = ""
+    seed: int = 0
+
+    @property
+    def folder(self) -> str:
+        """Where it stands in the run directory; of a kind that has several folders and no name, what holds them."""
+        named = {"scores": f"scores/{self.name}", "train": f"train/{self.name}-seed{self.seed}"}
+        return reference_folder(self.name) if self.kind == "reference" else named.get(self.kind, self.kind)
 
 
 class RunConfig(_Section):
@@ -261,6 +275,28 @@ class RunConfig(_Section):
         if not self.is_scored(arm):
             return []
         return self.train.arms[arm].references.names or list(self.references)
+
+    def stages(self, only: Sequence[str] = ()) -> list[StageName]:
+        """The stages in their order, each once: all of them, or those whose kind or folder is among `only`.
+
+        Raises:
+            ConfigError: there is no such stage.
+        """
+        found = [StageName("corpus")]
+        for name, reference in self.references.items():
+            if reference.after is not None:
+                found.append(StageName("train", reference.after, self.train.seeds[0]))
+            if reference.corpus is not None:
+                found.append(StageName("reference", name))
+            if not reference.online:
+                found.append(StageName("scores", name))
+        found += [StageName("train", arm, seed) for seed in self.train.seeds for arm in self.train.arms]
+        found += [StageName("evaluate"), StageName("dynamics"), StageName("report")]
+        known = {name: None for stage in found for name in (stage.kind, stage.folder)}
+        for name in only:
+            if name not in known:
+                raise ConfigError(f"no stage '{name}' in this run; found {', '.join(known)}.")
+        return [stage for stage in dict.fromkeys(found) if not only or {stage.kind, stage.folder} & {*only}]
 
 
 def _check_known(key: str, what: str, names: Sequence[str], known: Collection[str]) -> None:

@@ -27,9 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rho.errors import DataError, MismatchError
 from rho.objective import token_labels
-from rho.progress import say, track
+from rho.progress import Advance, say, track
 from rho.runs import Manifest, Stage, atomic_write, hash_file, open_stage, write_json
-from rho.sources import Document, SkippedRecord, read_documents, source_hashes
+from rho.sources import Document, SkippedRecord, TextField, read_documents, source_hashes
 from rho.store import Shards, write_shard
 from rho.tokenizer import Tokenizer
 
@@ -41,12 +41,29 @@ MAX_LABELS = 127  # int8
 NOTHING_YET = {"documents": 0, "empty_documents": 0, "tokens": 0, "bytes": 0, "blocks": 0, "dropped_tokens": 0}
 
 
+class SourceConfig(BaseModel):
+    """A source with settings of its own.
+
+    Attributes:
+        source: files, a folder, an `hf:` dataset, a `docstrings:`/`source:` Python package; see `rho.sources`.
+        text_field: of this source; the corpus's unless given.
+        max_tokens: go on to the next source after the document that reaches this many tokens of this one: what makes a
+            mix. It is the first part of the source that is read, in whatever order that is.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    text_field: TextField | None = None
+    max_tokens: int | None = Field(None, ge=1)
+
+
 class CorpusConfig(BaseModel):
     """Settings of the corpus stage.
 
     Attributes:
-        sources: files, folders, `hf:` datasets, `docstrings:`/`source:` Python packages; see `rho.sources`.
-        text_field: the field or column that holds the text.
+        sources: what is read, in this order: each by its name, or as a `SourceConfig`.
+        text_field: the field or column that holds the text, or a list of those that a line end joins.
         only_sources: keep only documents with one of these in their `source` field (or of files of these names, where
             they have none); shell patterns.
         block_length: tokens in a block.
@@ -60,8 +77,8 @@ class CorpusConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sources: list[str] = Field(min_length=1)
-    text_field: str = "text"
+    sources: list[str | SourceConfig] = Field(min_length=1)
+    text_field: TextField = "text"
     only_sources: list[str] | None = Field(None, min_length=1)
     block_length: int = Field(1024, ge=2)
     isolated: bool = False
@@ -70,6 +87,26 @@ class CorpusConfig(BaseModel):
     shard_blocks: int = Field(4096, ge=1)
     seed: int = 0
     skip_bad_records: bool = False
+
+    @property
+    def parts(self) -> list[SourceConfig]:
+        """The sources, the plain ones too, as `SourceConfig`."""
+        return [SourceConfig(source=one) if isinstance(one, str) else one for one in self.sources]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a built corpus notes of this, as JSON values.
+
+        Not what becomes of a bad record: that may be decided when there is one, and what was built before it is kept.
+        """
+        return self.model_dump(mode="json", exclude={"skip_bad_records"})
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens it can have at most, where that is limited."""
+        of_parts = [part.max_tokens for part in self.parts]
+        limits = [self.max_tokens, None if None in of_parts else sum(limit or 0 for limit in of_parts)]
+        return min((limit for limit in limits if limit is not None), default=None)
 
 
 def build_corpus(config: CorpusConfig, tokenizer: Tokenizer, out: str | os.PathLike[str]) -> Manifest:
@@ -82,10 +119,8 @@ def build_corpus(config: CorpusConfig, tokenizer: Tokenizer, out: str | os.PathL
     Raises:
         DataError: unreadable input (see `rho.sources`), or less text than one block.
     """
-    inputs = {"tokenizer": tokenizer.fingerprint, **source_hashes(config.sources)}
-    # What becomes of a bad record may be decided when there is one: what was built before it is kept.
-    settings = config.model_dump(exclude={"skip_bad_records"})
-    with open_stage(out, "corpus", settings, inputs) as stage:
+    inputs = {"tokenizer": tokenizer.fingerprint, **source_hashes([part.source for part in config.parts])}
+    with open_stage(out, "corpus", config.settings, inputs) as stage:
         if stage.fresh:
             return stage.manifest
         build = _Build(config, stage)
@@ -120,15 +155,17 @@ class _Build:
     labels: list[str] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     counts: dict[str, dict[str, int]] = field(default_factory=lambda: {split: dict(NOTHING_YET) for split in SPLITS})
-    records: int = 0  # records read
-    documents: int = 0  # documents among them; the next one's number
+    part: int = 0  # the source that is being read,
+    before: int = 0  # the tokens of those before it,
+    records: int = 0  # and its records read
+    documents: int = 0  # documents so far; the next one's number
     # What does not fill a shard yet: token columns, and (number, id, source) of the documents they come from.
     rest: dict[str, dict[str, list[np.ndarray]]] = field(
         default_factory=lambda: {split: {c: [] for c in TOKEN_COLUMNS} for split in SPLITS}
     )
     names: dict[str, list[list[Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
-    SAVED = ("shards", "labels", "skipped", "counts", "records", "documents", "names")
+    SAVED = ("shards", "labels", "skipped", "counts", "part", "before", "records", "documents", "names")
 
     @property
     def progress_file(self) -> Path:
@@ -152,39 +189,49 @@ class _Build:
     def run(self, tokenizer: Tokenizer) -> None:
         """Read, tokenize and pack everything that is left, committing shard after shard."""
         with track(f"corpus {self.stage.folder.name}", self.config.max_tokens, self.tokens()) as advance:
-            for last_record, batch in () if self.full() else self.batches():
-                before = self.tokens()
-                for document, (ids, ends) in zip(batch, tokenizer.encode([d.text for d in batch]), strict=True):
-                    if not self.full():
-                        self.add(document, ids, ends, tokenizer.eos_id)
-                self.records = last_record + 1
-                advance(self.tokens() - before)
-                if self.write_shards(self.config.shard_blocks):
-                    self.save_progress()
-                if self.full():
-                    break
+            for part in self.config.parts[self.part :]:
+                self.read(part, tokenizer, advance)
+                self.part, self.before, self.records = self.part + 1, self.tokens(), 0
         self.write_shards(1)
         for split in SPLITS:
             self.counts[split]["dropped_tokens"] = self.waiting(split)
         if not self.shards:
+            names = ", ".join(part.source for part in self.config.parts)
             raise DataError(
-                f"{', '.join(self.config.sources)}: {self.tokens()} tokens in {self.documents} documents are "
+                f"{names}: {self.tokens()} tokens in {self.documents} documents are "
                 f"shorter than one block of {self.config.block_length}. Give more text or a smaller --block-length"
                 + (f", or look at only_sources ({', '.join(only)})." if (only := self.config.only_sources) else ".")
             )
 
+    def read(self, part: SourceConfig, tokenizer: Tokenizer, advance: Advance) -> None:
+        """Read what is left of one source."""
+        for last_record, batch in () if self.full(part) else self.batches(part):
+            before = self.tokens()
+            for document, (ids, ends) in zip(batch, tokenizer.encode([d.text for d in batch]), strict=True):
+                if not self.full(part):
+                    self.add(document, ids, ends, tokenizer.eos_id)
+            self.records = last_record + 1
+            advance(self.tokens() - before)
+            if self.write_shards(self.config.shard_blocks):
+                self.save_progress()
+            if self.full(part):
+                break
+
     def tokens(self) -> int:
         return sum(count["tokens"] for count in self.counts.values())
 
-    def full(self) -> bool:
-        return self.config.max_tokens is not None and self.tokens() >= self.config.max_tokens
+    def full(self, part: SourceConfig) -> bool:
+        """Whether there is enough of this source, or of all."""
+        limits = ((self.config.max_tokens, self.tokens()), (part.max_tokens, self.tokens() - self.before))
+        return any(limit is not None and tokens >= limit for limit, tokens in limits)
 
-    def batches(self) -> Iterator[tuple[int, list[Document]]]:
-        """Documents in batches of about `BATCH_CHARACTERS`, each with the number of its last record."""
+    def batches(self, part: SourceConfig) -> Iterator[tuple[int, list[Document]]]:
+        """Documents of a source in batches of about `BATCH_CHARACTERS`, each with the number of its last record."""
         on_bad = self.skip if self.config.skip_bad_records else None
+        text_field = part.text_field or self.config.text_field
         batch: list[Document] = []
         characters = number = 0
-        for number, document in read_documents(self.config.sources, self.config.text_field, on_bad, self.records):
+        for number, document in read_documents([part.source], text_field, on_bad, self.records):
             if not self.is_wanted(document):
                 continue
             batch.append(document)

@@ -14,6 +14,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
+def ranks() -> int:
+    """How many processes there are; before they have met, as their launcher says."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def all_gather(own_N: Tensor) -> list[Tensor]:
     """1-D tensors, of any lengths, from all ranks in order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -40,9 +40,15 @@ def keep_rows_a_step(args: TrainingArguments, stage: Stage) -> int:
             f"{args.train_batch_size} rows each can't take just as many. Start a number of processes that divides it."
         )
     args.gradient_accumulation_steps = rows // together
+    stage.manifest.environment["processes"] = args.world_size  # what the tokens a second in the step log are those of
     if rank() == 0:
         stage.checkpoint()
     return rows
+
+
+def num_steps(max_steps: int, epochs: float, rows: int, rows_a_step: int) -> int:
+    """Optimizer steps of a training over `rows`: `max_steps`, or if that is not above 0 those of the epochs."""
+    return max_steps if max_steps > 0 else math.ceil(math.ceil(rows / rows_a_step) * epochs)
 
 
 def fit(trainer: SelectiveTrainer, folder: Path, block_length: int, rows_a_step: int) -> signal.Signals | None:
@@ -71,9 +77,7 @@ def fit(trainer: SelectiveTrainer, folder: Path, block_length: int, rows_a_step:
     elif (folder / "steps.jsonl").is_file():
         say(f"train {folder.name}: no checkpoint was made yet, starting from step 0")
     tokens = rows_a_step * block_length
-    total = trainer.args.max_steps
-    if total <= 0:
-        total = math.ceil(math.ceil(trainer.order.rows / rows_a_step) * trainer.args.num_train_epochs)
+    total = num_steps(trainer.args.max_steps, trainer.args.num_train_epochs, trainer.order.rows, rows_a_step)
     with track(f"train {folder.name}", total * tokens, step * tokens) as advance, Signals() as signals:
         trainer.add_callback(_Progress(trainer, lambda: advance(tokens), signals))
         trainer.train(resume_from_checkpoint=str(folder / "checkpoints" / f"checkpoint-{step}") if step else None)

@@ -101,6 +101,32 @@ def make_model(
         ) from error
 
 
+def skeleton(config: ModelConfig, vocab_size: int | None = None) -> PreTrainedModel:
+    """The model of `config` without its weights (on the meta device): shapes that can be counted, of any size.
+
+    Args:
+        config: of a new model, a folder, or a name on the Hub, of which only the config is read.
+        vocab_size: of a new model whose settings don't say it.
+
+    Raises:
+        ConfigError: the config can't be read, or no model be made of it.
+    """
+    with torch.device("meta"):
+        if config.architecture is not None:
+            return _new_model({"vocab_size": vocab_size, **config.architecture}, torch.float32)
+        try:
+            revision, trusted = config.revision or "main", config.trust_remote_code
+            path = model_folder(str(config.path))
+            found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trusted)
+            return AutoModelForCausalLM.from_config(found, trust_remote_code=trusted)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(
+                f"{config.path}: its config can't be read ({reason}). Check the path or name, or give the model's "
+                "config as a YAML or JSON file (--model)."
+            ) from error
+
+
 def _new_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     kind = settings.pop("model_type", None)
     if kind not in CONFIG_MAPPING_NAMES:

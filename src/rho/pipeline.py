@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from rho.config import RunConfig, save_config
+from rho.config import RunConfig, StageName, save_config
 from rho.corpus import Corpus, build_corpus
+from rho.distributed import rank, ranks
 from rho.dynamics import DynamicsConfig, follow
 from rho.errors import ConfigError
 from rho.evaluate import Checkpoint, EvaluateConfig, Exploration, checkpoints_of, evaluate, finished
@@ -26,29 +28,34 @@ from rho.train import TrainConfig, check_reference, compare_reference, train
 DEMO = Path(str(files("rho") / "recipes" / "demo.yaml"))
 
 
-def run(config: RunConfig, folder: str | os.PathLike[str] | None = None) -> Path:
-    """Run every stage of `config` that is not fresh and return the report's page.
+TOGETHER = ("reference", "train")  # what several processes of one launch do together
+
+
+def run(config: RunConfig, folder: str | os.PathLike[str] | None = None, only: Sequence[str] = ()) -> Path:
+    """Run every stage of `config` that is not fresh; return the report's page, or the run directory if not made.
+
+    Under `torchrun` or `accelerate launch` every process calls it, with `only` the stages that they do together.
 
     Args:
         config: the whole run.
         folder: the run directory, `runs/<name>` unless given.
+        only: the stages to run, by kind or folder (`RunConfig.stages`); all unless given.
+
+    Raises:
+        ConfigError: no such stage, or several processes for a stage that one does.
     """
+    stages = config.stages(only)
+    alone = [stage.folder for stage in stages if stage.kind not in TOGETHER]
+    if ranks() > 1 and alone:
+        raise ConfigError(
+            f"{ranks()} processes were started; {alone[0]} is for one. Run {', '.join(alone)} without a launcher, and "
+            "the others in one with --only."
+        )
     pipeline = Pipeline(config, Path(folder) if folder is not None else Path("runs") / config.name)
     pipeline.begin()
-    pipeline.corpora()
-    for name, reference in config.references.items():
-        if reference.after is not None:
-            pipeline.train(reference.after, config.train.seeds[0])
-        pipeline.reference(name)
-        if not reference.online:
-            pipeline.scores(name)
-    pipeline.check_references()
-    for seed in config.train.seeds:
-        for arm in config.train.arms:
-            pipeline.train(arm, seed)
-    pipeline.evaluate()
-    pipeline.dynamics()
-    return pipeline.report()
+    for stage in stages:
+        pipeline.do(stage)
+    return pipeline.page if stages[-1].kind == "report" else pipeline.folder
 
 
 class Pipeline:
@@ -61,6 +68,26 @@ class Pipeline:
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
+        self.page = folder / "report" / "index.html"
+
+    def do(self, stage: StageName) -> None:
+        """Run one stage."""
+        match stage.kind:
+            case "corpus":
+                self.corpora()
+            case "reference":
+                self.reference(stage.name)
+            case "scores":
+                self.scores(stage.name)
+            case "train":
+                self.check_references()
+                self.train(stage.name, stage.seed)
+            case "evaluate":
+                self.evaluate()
+            case "dynamics":
+                self.dynamics()
+            case "report":
+                self.report()
 
     def begin(self) -> None:
         """Make the run directory. The config is there from the start, so that a run halfway can be reported."""
@@ -68,7 +95,7 @@ class Pipeline:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{self.folder}: the run directory can't be made ({error.strerror}).") from error
-        if not (self.folder / CONFIG).exists():
+        if rank() == 0 and not (self.folder / CONFIG).exists():
             save_config(self.config, self.folder / CONFIG)
 
     def corpora(self) -> None:
@@ -77,7 +104,7 @@ class Pipeline:
         path = config.path
         if config.vocab_size is not None:
             corpora = [self.config.corpora[name] for name in config.corpora]
-            pairs = [(source, corpus.text_field) for corpus in corpora for source in corpus.sources]
+            pairs = [(part.source, part.text_field or corpus.text_field) for corpus in corpora for part in corpus.parts]
             train_tokenizer(
                 [source for source, _ in pairs],
                 config.vocab_size,
@@ -90,6 +117,10 @@ class Pipeline:
         tokenizer = Tokenizer.load(str(path), config.eos)
         for name, corpus in self.config.corpora.items():
             build_corpus(corpus, tokenizer, self.corpus_folder(name))
+        for name, reference in self.config.references.items():
+            if reference.corpus is not None and reference.tokenizer is not None:
+                curated = self.config.corpora[reference.corpus]
+                build_corpus(curated, Tokenizer.load(reference.tokenizer), self.own_corpus_folder(name))
         self.sets()  # an empty one is an error now, not after the training
 
     def sets(self) -> dict[str, Corpus]:
@@ -100,6 +131,10 @@ class Pipeline:
         """Where a corpus is."""
         return self.folder / "corpus" / name
 
+    def own_corpus_folder(self, name: str) -> Path:
+        """The curated text in the tokens of a reference that has a tokenizer of its own."""
+        return self.folder / "reference_corpus" / name
+
     def target(self) -> Corpus:
         """Held-out text of the wanted domain."""
         return Corpus(self.corpus_folder(self.config.target), "validation")
@@ -107,16 +142,13 @@ class Pipeline:
     def reference(self, name: str) -> None:
         """Train a reference, unless it is a finished or a served one."""
         config = self.config.references[name]
-        if config.corpus is not None:
-            start = config.model or self.config.model
-            if config.after is not None:
-                start = ModelConfig(path=str(self.train_folder(config.after, self.config.train.seeds[0])))
-            curated = self.corpus_folder(config.corpus)
-            if config.tokenizer is not None:
-                curated = self.folder / "reference_corpus" / name
-                build_corpus(self.config.corpora[config.corpus], Tokenizer.load(config.tokenizer), curated)
-            settings = TrainConfig(seed=config.seed, arguments=config.arguments)
-            train(settings, Corpus(curated), start, self.folder / reference_folder(name))
+        start = config.model or self.config.model
+        if config.after is not None:
+            start = ModelConfig(path=str(self.train_folder(config.after, self.config.train.seeds[0])))
+        own = config.tokenizer is not None
+        curated = self.own_corpus_folder(name) if own else self.corpus_folder(str(config.corpus))
+        settings = TrainConfig(seed=config.seed, arguments=config.arguments)
+        train(settings, Corpus(curated), start, self.folder / reference_folder(name))
 
     def source(self, name: str) -> Source:
         """What scores: a reference trained here, a finished one, or one that is served."""
@@ -150,8 +182,13 @@ class Pipeline:
         return self.folder / "scores" / name
 
     def check_references(self) -> None:
-        """Before anything is trained: a weak reference should not show only when the plain arm is done."""
+        """Before anything is trained: a weak reference should not show only when the plain arm is done.
+
+        Of several processes each would need the device for it; and what comes `after` an arm is not there yet.
+        """
         config, seed = self.config.train, self.config.train.seeds[0]
+        if ranks() > 1 or any(one.after for one in self.config.references.values()):
+            return
         if any(self.train_folder(arm, seed).exists() for seed in config.seeds for arm in config.arms):
             return
         starting = [arm for arm, section in config.arms.items() if section.after is None]  # from the run's model
@@ -254,20 +291,19 @@ class Pipeline:
                     continue
                 follow(settings, models, explore.corpus, self.folder / "dynamics" / folder.name, selects)
 
-    def report(self) -> Path:
+    def report(self) -> None:
         """The page, made anew if any stage's output is new."""
-        page = self.folder / "report" / "index.html"
+        page = self.page
         inputs = {str(path.parent.relative_to(self.folder)): hash_file(path) for path in self.manifests()}
         made = Manifest("report", self.config.model_dump(mode="json"), inputs)
         if page.is_file() and is_made_from(page.parent, made):
             say(f"every stage in {self.folder} is fresh: nothing to do. Report: {page}")
-            return page
+            return
         save_config(self.config, self.folder / CONFIG)
         write_report(self.folder)
         made.status = "complete"
         made.write(page.parent)
         say(f"report: {page}")
-        return page
 
     def manifests(self) -> list[Path]:
         """Those of every stage."""

@@ -243,7 +243,7 @@ class Stage:
     def finish(self, **facts: Any) -> Manifest:
         """Commit the folder as complete."""
         self.manifest.facts.update(facts)
-        self.manifest.environment = {**environment(), "seconds": round(time.monotonic() - self._started, 2)}
+        self.manifest.environment |= {**environment(), "seconds": round(time.monotonic() - self._started, 2)}
         self.manifest.status = "complete"
         self.manifest.write(self.folder)
         return self.manifest

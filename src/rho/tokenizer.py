@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from rho.errors import ConfigError, DataError
 from rho.progress import Advance, say, track
 from rho.runs import Manifest, hash_json, open_stage
-from rho.sources import SkippedRecord, read_documents, source_hashes
+from rho.sources import SkippedRecord, TextField, read_documents, source_hashes
 
 EOS = "<|endoftext|>"
 KNOWN_EOS = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
@@ -142,7 +142,7 @@ def train_tokenizer(
     sources: Sequence[str],
     vocab_size: int,
     out: str | os.PathLike[str],
-    text_fields: Sequence[str] = ("text",),
+    text_fields: Sequence[TextField] = ("text",),
     max_characters: int = 20_000_000,
     skip_bad_records: bool = False,
 ) -> Manifest:
@@ -152,7 +152,7 @@ def train_tokenizer(
         sources: as `rho.sources.read_documents` takes them; each gives an equal share of the characters.
         vocab_size: tokens in the vocabulary.
         out: the stage folder.
-        text_fields: the field that holds the text: of each source, or one for all.
+        text_fields: `text_field` of each source, or one for all.
         max_characters: read of all sources together.
         skip_bad_records: pass over unreadable records.
 
@@ -204,7 +204,11 @@ def train_tokenizer(
 
 
 def _texts(
-    source: str, text_field: str, on_bad: Callable[[SkippedRecord], None] | None, characters: int, advance: Advance
+    source: str,
+    text_field: TextField,
+    on_bad: Callable[[SkippedRecord], None] | None,
+    characters: int,
+    advance: Advance,
 ) -> Iterable[str]:
     for _, document in read_documents([source], text_field, on_bad):
         yield document.text

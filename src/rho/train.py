@@ -354,6 +354,12 @@ def _check_not_itself(config: TrainConfig, inputs: Mapping[str, str], data: Trai
             )
 
 
+def argument(config: TrainConfig, name: str) -> Any:
+    """What `training_arguments` would have under this name: the user's, ours, or transformers' own default."""
+    default = TrainingArguments.__dataclass_fields__[name].default
+    return {**DEFAULT_ARGUMENTS, **config.arguments}.get(name, default)
+
+
 def training_arguments(config: TrainConfig, folder: Path, evaluates: bool = False) -> TrainingArguments:
     """`TrainingArguments` from a config: ours, then the user's.
 
