@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from conftest import example_records, write_jsonl
 from rho import corpus as module
-from rho.corpus import MAX_LABELS, Corpus, CorpusConfig, build_corpus, positions, token_bytes
+from rho.corpus import MAX_LABELS, Corpus, CorpusConfig, build_corpus, positions
 from rho.errors import DataError, MismatchError
 from rho.objective import IGNORE_INDEX
 from rho.runs import Manifest, read_manifest
-from rho.tokenizer import Tokenizer
+from rho.tokenizer import Tokenizer, token_bytes
 
 COLUMNS = ("input_ids", "document", "num_bytes", "label", "document_id", "source")
 

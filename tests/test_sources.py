@@ -111,7 +111,7 @@ def test_an_empty_text_is_a_document(tmp_path):
 
 
 def test_another_field_can_hold_the_text(tmp_path):
-    assert texts(write(tmp_path / "a.jsonl", '{"body": "b", "text": 1}'), text_field="body") == ["b"]
+    assert texts(write(tmp_path / "a.jsonl", '{"body": "b", "text": 1}'), fields="body") == ["b"]
 
 
 BAD_RECORDS = {

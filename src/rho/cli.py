@@ -89,6 +89,11 @@ def corpus(
     heldout_fraction: Annotated[float, typer.Option(help="Share of documents for the validation split.")] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after the document that reaches this.")] = None,
     text_field: TextField = "text",
+    prompt_field: Annotated[str | None, typer.Option(help="Instead: field of a prompt, not to be trained on.")] = None,
+    completion_field: Annotated[str | None, typer.Option(help="With it: field of the answer, to be.")] = None,
+    messages_field: Annotated[
+        str | None, typer.Option(help="Instead: field of the messages of a chat; the assistant's are trained on.")
+    ] = None,
     eos: Annotated[str | None, typer.Option(help="The tokenizer's end-of-document token.")] = None,
     skip_bad_records: SkipBadRecords = False,
     seed: Annotated[int, typer.Option(help="Of the choice of held-out documents.")] = 0,
@@ -101,6 +106,9 @@ def corpus(
     settings = {
         "sources": sources,
         "text_field": text_field,
+        "prompt_field": prompt_field,
+        "completion_field": completion_field,
+        "messages_field": messages_field,
         "block_length": block_length,
         "isolated": isolated,
         "heldout_fraction": heldout_fraction,

@@ -54,7 +54,7 @@ class TrainingBlocks(Dataset):
         return len(self.corpus)
 
     def __getitem__(self, block: int) -> dict[str, Tensor]:
-        row = self.corpus.row(block, ("input_ids", "document", "label"))
+        row = self.corpus.row(block, (*self.corpus.reads, "label"))
         example = self.corpus.inputs(row)
         example["label"] = torch.from_numpy(row["label"].astype("int64"))
         example["block"] = torch.tensor(block)
