@@ -208,8 +208,9 @@ class RunConfig(_Section):
         return self
 
     def references_of(self, arm: str) -> list[str]:
-        """Names of the references that an arm uses."""
-        return self.train.arms[arm].references.names or list(self.references)
+        """Names of the references that an arm uses; none where its own history is the reference."""
+        references = self.train.arms[arm].references
+        return [] if references.history is not None else references.names or list(self.references)
 
 
 def _check_known(key: str, what: str, names: Sequence[str], known: Collection[str]) -> None:

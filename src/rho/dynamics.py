@@ -151,6 +151,11 @@ def selection_of(models: Sequence[str], reference: str, corpus: Corpus) -> Explo
             f"{' '.join(models)}. Give that folder, or leave --reference out."
         )
     made = TrainConfig.model_validate(read_manifest(models[0], "train").config)
+    if made.references.history is not None:
+        raise ConfigError(
+            f"--reference: {models[0]} selected by its own history, which its checkpoints' weights do not tell. Leave "
+            "it out."
+        )
     return Exploration(corpus, {"reference": Source(ModelConfig(path=reference))}, made.selector)
 
 

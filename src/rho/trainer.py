@@ -23,6 +23,7 @@ from rho.durable import DurableTrainer
 from rho.errors import ConfigError, DataError, MismatchError, RhoError
 from rho.filtered import FilteredBackward
 from rho.forward import NO_FILTER, selective_forward
+from rho.history import History, HistoryConfig
 from rho.models import check_head, plain
 from rho.objective import num_to_select
 from rho.progress import say
@@ -52,6 +53,7 @@ class SelectiveTrainer(DurableTrainer):
         skip_nonfinite: how many steps with a loss or gradient that is not finite are left out before training stops.
         backend: whose code makes the loss from hidden states; see `rho.backends`.
         reference: what gives the batches columns that the rows don't have, each time they come (an online reference).
+        history: which weights of its own past are the reference, instead; not of a model in shards.
         filtered_backward: leave tokens that were not selected out of the blocks' backward, an approximation; how near
             it comes to the exact gradient is logged every `COMPARE_EVERY` steps.
         All else is `Trainer`'s.
@@ -71,6 +73,7 @@ class SelectiveTrainer(DurableTrainer):
         skip_nonfinite: int = 0,
         backend: Backend = "rho",
         reference: Scorer | None = None,
+        history: HistoryConfig | None = None,
         filtered_backward: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -99,6 +102,9 @@ class SelectiveTrainer(DurableTrainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # compute_loss divides for the whole step
         self.accelerator.gradient_accumulation_steps = 1  # nor may `backward`, which older versions ask to divide
         self.selector, self.step_log, self.cut, self.reference = selector, step_log, cut, reference
+        if history is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError("references.history: not of a model in shards (FSDP, DeepSpeed). Leave one of them out.")
+        self.history = None if history is None else History(model, history)
         self.order = RowOrder(len(train_dataset), args.train_batch_size * args.world_size, args.seed)  # type: ignore[arg-type]
         self._stats = SelectionStats(selector, label_names or [])
         self._logged_at = time.monotonic()
@@ -133,6 +139,10 @@ class SelectiveTrainer(DurableTrainer):
         active = self.selector.at(self.state.global_step)
         if self.reference is not None:
             batches = [batch | self.reference(batch) for batch in batches]
+        if self.history is not None:
+            with self.history.in_place():
+                batches = [batch | {"ref_loss": self._losses(batch)} for batch in batches]
+            self.history.follow(self.state.global_step)
         eligible = [self.eligible(batch) for batch in batches]
         total = self.total(sum((mask.sum() for mask in eligible), torch.zeros((), dtype=torch.int64)))
         masks = self._decide(active, batches, eligible)
@@ -323,8 +333,15 @@ class SelectiveTrainer(DurableTrainer):
             "threshold": dataclasses.asdict(self._threshold),
         }
 
-    def take_up(self, state: dict[str, Any]) -> None:
-        """Go on from what `own_state` gave."""
+    def save_own(self, folder: Path) -> None:
+        """The history's weights."""
+        if self.history is not None:
+            self.history.save(folder)
+
+    def take_up(self, state: dict[str, Any], checkpoint: Path) -> None:
+        """Go on from what `own_state` and `save_own` gave."""
+        if self.history is not None:
+            self.history.load(checkpoint)
         self._seen, self._skipped = dict(state["logged"]), state["skipped"]
         self._threshold, self._compared = RunningThreshold(**state["threshold"]), state["compared"]
         if state["not_logged"]:
