@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 RESULT = HERE / "results" / "sft.json"
 RECIPE = HERE.parent / "recipes" / "sft.yaml"
 CORRUPTED = 0.3
-CLEAN, MIXED = 1600, 1200  # problems whose answers the reference is trained on, and those the arms are
+CLEAN, MIXED, HELD_OUT = 1600, 1200, 200  # problems for the reference, for the arms, and to measure both by
 BASE = {
     "model_type": "llama",
     "hidden_size": 128,
@@ -86,7 +86,7 @@ def make_data(out: Path) -> None:
         "base": problems[CLEAN + MIXED :],
         "clean": pairs[:CLEAN],
         "mixed": with_wrong_answers(pairs[CLEAN:], CORRUPTED, seed=0),
-        "heldout": [question_and_answer(record) for record in records(DATA / "heldout" / "gsm8k.valid.jsonl.gz")],
+        "heldout": [question_and_answer(one) for one in records(DATA / "heldout" / "gsm8k.valid.jsonl.gz")[:HELD_OUT]],
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, found in files.items():
@@ -118,9 +118,12 @@ def main() -> None:
     page = run(config, out / "run")
     result = {
         "environment": environment(),
-        "problems": {"base": sum(1 for _ in (out / "base.jsonl").open()), "clean": CLEAN, "mixed": MIXED},
+        "problems": {name: sum(1 for _ in (out / f"{name}.jsonl").open()) for name in ("base", *files)},
         "corrupted": CORRUPTED,
         "base": {"architecture": BASE, **BASE_ARGUMENTS},
+        "reference_steps": config.references["reference"].arguments["max_steps"],
+        "steps": config.train.arguments["max_steps"],
+        "rows": config.train.arguments["per_device_train_batch_size"],
         "arms": {name: arm.model_dump(mode="json", exclude_defaults=True) for name, arm in config.train.arms.items()},
         "summary": json.loads((page.parent / "summary.json").read_bytes()),
     }

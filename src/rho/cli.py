@@ -191,7 +191,7 @@ def train(
     target: Target = None,
     ratio: Annotated[float, typer.Option(help="Share of tokens to train on; 1.0 is plain CLM.")] = 1.0,
     select: Annotated[
-        str, typer.Option(help="What ranks the tokens: excess, loss, ref_loss, ref_entropy or random.")
+        str, typer.Option(help="What ranks the tokens: excess, retrospective, loss, ref_loss, ref_entropy or random.")
     ] = "excess",
     scope: Annotated[
         str, typer.Option(help="Tokens ranked together: sequence, batch, step, running or dataset.")
