@@ -36,7 +36,7 @@ def sft_section(result: dict[str, Any]) -> str:
         for arm, seeds in summary["arms"].items()
     }
     references = {name: one["final"][summary["target"]]["loss"] for name, one in summary["references"].items()}
-    seeds = list(losses["sft"])
+    seeds = list(losses["clm"])
     rows = [
         f"| {arm} | "
         + " | ".join(f"{of_seed[seed]:.4f}" for seed in seeds)
@@ -67,8 +67,8 @@ def sft_section(result: dict[str, Any]) -> str:
 
 def verdict(losses: dict[str, dict[str, float]]) -> str:
     """Which arms end below plain fine-tuning, with every seed."""
-    plain = losses["sft"]
+    plain = losses["clm"]
     better = [arm for arm, found in losses.items() if all(found[seed] < plain[seed] for seed in plain)]
     if not better:
-        return "No rule ends below plain fine-tuning (`sft`) with every seed."
-    return f"Below plain fine-tuning (`sft`) with every seed: {', '.join(f'`{arm}`' for arm in better)}."
+        return "No rule ends below plain fine-tuning (`clm`) with every seed."
+    return f"Below plain fine-tuning (`clm`) with every seed: {', '.join(f'`{arm}`' for arm in better)}."

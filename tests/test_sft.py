@@ -90,7 +90,7 @@ def finished(
 
 def test_the_recipe_runs_every_arm_to_a_report_that_counts_answers_alone(finished: Path) -> None:
     summary = json.loads((finished / "report" / "summary.json").read_text())
-    assert set(summary["arms"]) == {"sft", "random", "excess", "static", "history"}
+    assert set(summary["arms"]) == {"clm", "random", "excess", "static", "history"}
     target = Corpus(finished / "corpus" / "heldout", "validation")
     answers = sum(
         int((target.inputs(target.row(b, target.reads))["labels"] != IGNORE_INDEX).sum()) for b in range(len(target))
@@ -98,7 +98,7 @@ def test_the_recipe_runs_every_arm_to_a_report_that_counts_answers_alone(finishe
     for arm, seeds in summary["arms"].items():
         share = seeds["0"]["label_share"]
         assert set(share) == {"clean", "corrupted"}
-        if arm == "sft":
+        if arm == "clm":
             assert share == {"clean": 1.0, "corrupted": 1.0}
         else:
             assert seeds["0"]["mean_ratio"] == pytest.approx(0.7, abs=0.1)
