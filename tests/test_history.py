@@ -108,7 +108,7 @@ def test_the_tokens_that_gained_most_since_then_are_selected(
             return loss
 
     plain = make_trainer(model, Selector(), data, tmp_path, **args)
-    history = HistoryConfig(every=5)
+    history = HistoryConfig(every=1)
     Noting(make_model(model_config, 300, seed=1), Selector(**PAST), plain.args, data, history=history).train()  # type: ignore[arg-type]
     assert len(seen) == 2 * accumulation
     for inputs, selected in seen[accumulation:]:  # in the first step both are the same
