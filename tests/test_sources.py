@@ -120,8 +120,8 @@ def test_several_fields_are_joined_by_a_line_end(tmp_path):
     pq.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
     for path in (lines, tmp_path / "a.parquet"):
         assert texts(path, fields=["question", "answer"]) == ["1 + 1?\n2"]
-        with pytest.raises(DataError, match="expected the text in field 'hint', found the fields"):
-            texts(path, text_field=["question", "hint"])
+        with pytest.raises(DataError, match="expected the text in fields 'question' and 'hint', found the fields"):
+            texts(path, fields=["question", "hint"])
 
 
 BAD_RECORDS = {
