@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence_results import sections as evidence_sections
+from sft_results import sft_section
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
@@ -408,6 +409,9 @@ def main() -> None:
         rounds = min(size["rounds"] for one in steps for size in one["sizes"].values())
         sections.append(STEPS.format(rounds=rounds, not_run=not_run(steps)))
         sections += [step_section(one, name) for one in steps for name in one["sizes"]]
+    sft = HERE / "results" / "sft.json"
+    if sft.is_file():
+        sections.append(sft_section(json.loads(sft.read_bytes())))
     growth = HERE / "results" / "growth.json"
     if growth.is_file():
         sections.append(growth_section(json.loads(growth.read_bytes())))

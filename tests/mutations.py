@@ -24,6 +24,7 @@ STORED_SCORES = "test_score.py::test_stored_scores_are_the_reference_s_losses_an
 FROZEN = "test_score.py::test_the_reference_is_scored_frozen_and_in_eval_mode"
 NO_LABEL = "test_objective.py::test_first_and_special_and_ignored_tokens_have_no_label"
 EQ_5 = "test_objective.py::test_eq_5_selects_the_rounded_share_by_rank_and_ties_go_to_the_earlier_token"
+WHOLE_ANSWERS = "test_conversations.py::test_answers_and_their_end_have_labels_and_a_conversation_is_never_cut"
 BORDERS = "test_trajectories.py::test_a_change_of_just_the_threshold_is_no_change_and_a_loss_of_just_the_border_is_low"
 
 MUTATIONS = [
@@ -321,5 +322,47 @@ MUTATIONS = [
         "if bounds is not None and",
         "if False and",
         "test_integrations.py::test_a_padding_free_batch_ranks_each_sequence_by_itself",
+    ),
+    Mutation(
+        "questions have labels",
+        "corpus.py",
+        "labels = token_labels(input_ids, position_ids, ignore=torch.from_numpy(~row[LOSS_MASK]))",
+        "labels = token_labels(input_ids, position_ids)",
+        WHOLE_ANSWERS,
+    ),
+    Mutation(
+        "a conversation is cut at the end of a block",
+        "corpus.py",
+        "if len(ids) + 1 > self.room(split):",
+        "if False:",
+        WHOLE_ANSWERS,
+    ),
+    Mutation(
+        "a token that begins in the question has a label",
+        "conversations.py",
+        "mask[:-1] |= (begins >= start) & (reached > start) & (reached <= end)",
+        "mask[:-1] |= (reached > start) & (reached <= end)",
+        "test_conversations.py::test_a_token_that_begins_in_the_prompt_is_not_trained_on",
+    ),
+    Mutation(
+        "what was learned is ranked upside down",
+        "selection.py",
+        'return -excess_BT if self.score == "retrospective" else excess_BT',
+        "return excess_BT",
+        "test_selection.py::test_each_score_ranks_by_its_own_rule",
+    ),
+    Mutation(
+        "a resumed run begins a new history",
+        "trainer.py",
+        "self.history.load(checkpoint)",
+        "pass",
+        "test_history.py::test_an_interrupted_run_ends_bit_identical[sequence-history0]",
+    ),
+    Mutation(
+        "the history is renewed before it is compared with",
+        "trainer.py",
+        "            with self.history.in_place():\n",
+        "            self.history.follow(self.state.global_step)\n            with self.history.in_place():\n",
+        "test_history.py::test_the_tokens_that_gained_most_since_then_are_selected[1]",
     ),
 ]

@@ -21,7 +21,20 @@ from rho.tokenizer import Tokenizer
 from rho.train import TrainConfig
 
 STAGES = [
-    *("demo", "run", "tokenizer", "corpus", "reference", "score", "train", "evaluate", "tokens", "dynamics", "report")
+    *(
+        "demo",
+        "run",
+        "plan",
+        "tokenizer",
+        "corpus",
+        "reference",
+        "score",
+        "train",
+        "evaluate",
+        "tokens",
+        "dynamics",
+        "report",
+    )
 ]
 GOOD = '{"text": "1234567890123456"}\n'
 

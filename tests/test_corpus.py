@@ -6,12 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from conftest import example_records, write_jsonl
 from rho import corpus as module
-from rho.corpus import MAX_LABELS, Corpus, CorpusConfig, build_corpus, positions, token_bytes
+from rho.corpus import MAX_LABELS, Corpus, CorpusConfig, build_corpus, positions
 from rho.errors import DataError, MismatchError
 from rho.objective import IGNORE_INDEX
 from rho.runs import Manifest, read_manifest
@@ -131,21 +129,6 @@ def test_a_text_file_that_spells_the_end_token_gets_no_label_for_it(build, token
 
 
 # Bytes and labels of tokens
-
-
-@given(st.text())
-def test_token_bytes_add_up_to_the_bytes_of_the_text(tokenizer, text):
-    ids, ends = tokenizer.encode([text])[0]
-    if len(ids):
-        sizes = token_bytes(text, ends)
-        assert len(sizes) == len(ids)
-        assert sizes.sum() == len(text.encode())
-        assert (sizes >= 0).all()
-
-
-def test_each_character_counts_once_however_many_tokens_it_takes():
-    # a | 🙂 in three tokens | é ; the last token's end is cut short by a tokenizer that trims
-    assert token_bytes("a🙂é ", np.array([1, 2, 2, 2, 3])).tolist() == [1, 4, 0, 0, 3]
 
 
 def test_a_corpus_knows_the_bytes_of_its_text(build):

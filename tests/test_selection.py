@@ -43,6 +43,7 @@ def test_each_score_ranks_by_its_own_rule() -> None:
     assert pick(Selector("ref_loss", 0.3, "batch")).nonzero().tolist() == [[1, 1], [1, 2], [1, 3]]  # lowest first
     assert pick(Selector("ref_entropy", 0.4, "batch")).nonzero().tolist() == [[0, 1], [1, 1], [1, 2], [1, 3]]
     assert pick(Selector("excess", 0.3, "batch")).nonzero().tolist() == [[0, 1], [0, 2], [0, 4]]
+    assert pick(Selector("retrospective", 0.3, "batch")).nonzero().tolist() == [[0, 7], [1, 1], [1, 3]]
 
 
 def test_a_score_needs_only_its_own_columns() -> None:
@@ -66,7 +67,7 @@ def test_intersection_and_union_are_of_two_selections_with_their_own_ratios() ->
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch"])
-@pytest.mark.parametrize("score", ["excess", "loss", "ref_loss", "ref_entropy", "random"])
+@pytest.mark.parametrize("score", ["excess", "retrospective", "loss", "ref_loss", "ref_entropy", "random"])
 @pytest.mark.parametrize("ratio", [0.05, 0.3, 0.6, 1.0])
 def test_the_count_is_known_before_the_selection(score: str, scope: str, ratio: float) -> None:
     selector = Selector(score, ratio, scope)  # type: ignore[arg-type]

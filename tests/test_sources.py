@@ -111,7 +111,7 @@ def test_an_empty_text_is_a_document(tmp_path):
 
 
 def test_another_field_can_hold_the_text(tmp_path):
-    assert texts(write(tmp_path / "a.jsonl", '{"body": "b", "text": 1}'), text_field="body") == ["b"]
+    assert texts(write(tmp_path / "a.jsonl", '{"body": "b", "text": 1}'), fields="body") == ["b"]
 
 
 def test_several_fields_are_joined_by_a_line_end(tmp_path):
@@ -119,9 +119,9 @@ def test_several_fields_are_joined_by_a_line_end(tmp_path):
     lines = write(tmp_path / "a.jsonl", json.dumps(record))
     pq.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
     for path in (lines, tmp_path / "a.parquet"):
-        assert texts(path, text_field=["question", "answer"]) == ["1 + 1?\n2"]
-        with pytest.raises(DataError, match="expected the text in field 'hint', found the fields"):
-            texts(path, text_field=["question", "hint"])
+        assert texts(path, fields=["question", "answer"]) == ["1 + 1?\n2"]
+        with pytest.raises(DataError, match="expected the text in fields 'question' and 'hint', found the fields"):
+            texts(path, fields=["question", "hint"])
 
 
 BAD_RECORDS = {

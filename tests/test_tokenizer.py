@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
 
 from rho.errors import ConfigError, DataError
-from rho.tokenizer import EOS, Tokenizer, train_tokenizer
+from rho.tokenizer import EOS, Tokenizer, token_bytes, train_tokenizer
 
 TEXT = "The shift by one,  naïve 東京 🙂\n\tand `code`."
 
@@ -146,11 +149,57 @@ def test_ends_are_the_characters_at_which_tokens_end(tokenizer_folder):
     assert ends[-1] == len(text)
 
 
+@settings(deadline=None)
+@given(st.text())
+def test_token_bytes_add_up_to_the_bytes_of_the_text(tokenizer_folder, text):
+    ids, ends = Tokenizer.load(tokenizer_folder).encode([text])[0]
+    if len(ids):
+        sizes = token_bytes(text, ends)
+        assert len(sizes) == len(ids)
+        assert sizes.sum() == len(text.encode())
+        assert (sizes >= 0).all()
+
+
+def test_each_character_counts_once_however_many_tokens_it_takes():
+    # a | 🙂 in three tokens | é ; the last token's end is cut short by a tokenizer that trims
+    assert token_bytes("a🙂é ", np.array([1, 2, 2, 2, 3])).tolist() == [1, 4, 0, 0, 3]
+
+
 def test_pieces_show_each_token_as_text(tokenizer_folder):
     tokenizer = Tokenizer.load(tokenizer_folder)
     found, _ = tokenizer.encode(["12 e"])[0]
     assert "".join(tokenizer.pieces(found)) == "12 e"
     assert tokenizer.pieces([tokenizer.eos_id]) == [EOS]
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [TEMPLATE, [{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}], None],
+    ids=["text", "list", "file"],
+)
+def test_a_chat_template_is_found_wherever_it_stands_and_saved(tmp_path, written):
+    saved(backend([EOS, "<s>"]), tmp_path)
+    config = {"eos_token": EOS, "bos_token": {"content": "<s>"}}
+    if written is None:
+        (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    else:
+        config["chat_template"] = written
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.chat_template, tokenizer.eos) == (TEMPLATE, EOS)
+    tokenizer.save(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    assert (again.chat_template, again.bos, again.fingerprint) == (TEMPLATE, tokenizer.bos, tokenizer.fingerprint)
+
+
+def test_a_beginning_that_is_no_special_token_is_none(tmp_path):
+    saved(backend([EOS]), tmp_path)
+    for bos, found in (("a", ""), (EOS, EOS)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos}))
+        assert Tokenizer.load(tmp_path).bos == found
 
 
 # Training one

@@ -133,6 +133,7 @@ def slow_scores(part: Selector, loss: dict[Place, float], rows: dict[str, Tensor
     ref, entropy = rows["ref_loss"].tolist(), rows["ref_entropy"].tolist()
     rule: dict[str, Callable[[int, int], float]] = {
         "excess": lambda r, t: loss[r, t] - ref[r][t],
+        "retrospective": lambda r, t: ref[r][t] - loss[r, t],
         "loss": lambda r, t: loss[r, t],
         "ref_loss": lambda r, t: -ref[r][t],
         "ref_entropy": lambda r, t: -entropy[r][t],
@@ -294,7 +295,8 @@ seeds = st.integers(0, 10**6)
 def test_mask_loss_and_gradient_of_a_step_equal_the_formula(
     fake_trainer: SelectiveTrainer, kind: Any, data: st.DataObject, ratio: float, size: int, seed: int
 ) -> None:
-    score = data.draw(st.sampled_from(["ref_loss", "ref_entropy"])) if kind == "static" else kind
+    kinds = {"static": ["ref_loss", "ref_entropy"], "excess": ["excess", "retrospective"]}
+    score = data.draw(st.sampled_from(kinds.get(kind, [kind])))
     scopes = ["sequence", "batch", "step", "running", *(["dataset"] if kind == "static" else [])]
     scope: Any = data.draw(st.sampled_from(scopes))
     threshold, retention = None, 0.0
@@ -317,7 +319,7 @@ def test_mask_loss_and_gradient_of_two_combined_selections_equal_the_formula(
     size: int,
     seed: int,
 ) -> None:
-    scores = st.sampled_from(["excess", "loss", "ref_loss", "ref_entropy", "random"])
+    scores = st.sampled_from(["excess", "retrospective", "loss", "ref_loss", "ref_entropy", "random"])
     scope: Any = data.draw(st.sampled_from(["sequence", "batch", "step"]))
     second = Selector(data.draw(scores), second_ratio, scope)  # type: ignore[arg-type]
     retention = data.draw(st.sampled_from([0.0, 0.3]))

@@ -129,6 +129,9 @@ def corpus(
     heldout_fraction: Annotated[float, typer.Option(help="Share of documents for the validation split.")] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after the document that reaches this.")] = None,
     text_field: TextField = "text",
+    prompt_field: Annotated[str | None, typer.Option(help="Instead: field of a prompt, not to be trained on.")] = None,
+    completion_field: Annotated[str | None, typer.Option(help="With it: field of the answer, to be.")] = None,
+    messages_field: Annotated[str | None, typer.Option(help="Instead: a chat; what the assistant says is.")] = None,
     eos: Annotated[str | None, typer.Option(help="The tokenizer's end-of-document token.")] = None,
     skip_bad_records: SkipBadRecords = False,
     seed: Annotated[int, typer.Option(help="Of the choice of held-out documents.")] = 0,
@@ -141,6 +144,9 @@ def corpus(
     settings = {
         "sources": sources,
         "text_field": text_field,
+        "prompt_field": prompt_field,
+        "completion_field": completion_field,
+        "messages_field": messages_field,
         "block_length": block_length,
         "isolated": isolated,
         "heldout_fraction": heldout_fraction,
@@ -223,7 +229,7 @@ def train(
     target: Target = None,
     ratio: Annotated[float, typer.Option(help="Share of tokens to train on; 1.0 is plain CLM.")] = 1.0,
     select: Annotated[
-        str, typer.Option(help="What ranks the tokens: excess, loss, ref_loss, ref_entropy or random.")
+        str, typer.Option(help="What ranks the tokens: excess, retrospective, loss, ref_loss, ref_entropy or random.")
     ] = "excess",
     scope: Annotated[
         str, typer.Option(help="Tokens ranked together: sequence, batch, step, running or dataset.")

@@ -271,10 +271,11 @@ class RunConfig(_Section):
         return found
 
     def references_of(self, arm: str) -> list[str]:
-        """Names of the references that an arm uses; none where nothing scores its corpus."""
-        if not self.is_scored(arm):
+        """Names of the references that an arm uses; none where nothing scores its corpus, or its history is its own."""
+        references = self.train.arms[arm].references
+        if references.history is not None or not self.is_scored(arm):
             return []
-        return self.train.arms[arm].references.names or list(self.references)
+        return references.names or list(self.references)
 
     def stages(self, only: Sequence[str] = ()) -> list[StageName]:
         """The stages in their order, each once: all of them, or those whose kind or folder is among `only`.

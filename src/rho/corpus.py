@@ -7,6 +7,11 @@
 In `packed` corpora (the paper's way) attention runs over the whole block, so position_ids are 0 1 2 3 4 5. In
 `isolated` ones they start again at each document, which cuts attention at the boundary, and a document's first token
 has no loss. A document that reaches into the next block goes on there as if new.
+
+Of conversations (`rho.conversations`) the answers alone are trained on; they are isolated, and kept whole:
+
+    blocks      [q q a a | p] [q a a | p p]                  q prompt, a answer, p padding
+    loss_mask    0 0 1 1 1 0   0 1 1 1 0 0
 """
 
 from __future__ import annotations
@@ -23,103 +28,44 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
+from rho.conversations import loss_mask, with_template
+from rho.corpus_config import CorpusConfig, SourceConfig
 from rho.errors import DataError, MismatchError
 from rho.objective import token_labels
 from rho.progress import Advance, say, track
-from rho.runs import Manifest, Stage, atomic_write, hash_file, open_stage, write_json
-from rho.sources import Document, SkippedRecord, TextField, read_documents, source_hashes
+from rho.runs import Manifest, Stage, atomic_write, hash_file, hash_json, open_stage, write_json
+from rho.sources import Document, Fields, SkippedRecord, read_documents, source_hashes
 from rho.store import Shards, write_shard
-from rho.tokenizer import Tokenizer
+from rho.tokenizer import Tokenizer, token_bytes
 
 BATCH_CHARACTERS = 1 << 18  # text tokenized at once
 SPLITS = ("train", "validation")
 TOKEN_COLUMNS = ("input_ids", "document", "num_bytes", "label")
+LOSS_MASK = "loss_mask"
+PADDING = "padding"  # id and source of what fills a block
 NO_LABEL = -1
 MAX_LABELS = 127  # int8
 NOTHING_YET = {"documents": 0, "empty_documents": 0, "tokens": 0, "bytes": 0, "blocks": 0, "dropped_tokens": 0}
-
-
-class SourceConfig(BaseModel):
-    """A source with settings of its own.
-
-    Attributes:
-        source: files, a folder, an `hf:` dataset, a `docstrings:`/`source:` Python package; see `rho.sources`.
-        text_field: of this source; the corpus's unless given.
-        max_tokens: go on to the next source after the document that reaches this many tokens of this one: what makes a
-            mix. It is the first part of the source that is read, in whatever order that is.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    source: str
-    text_field: TextField | None = None
-    max_tokens: int | None = Field(None, ge=1)
-
-
-class CorpusConfig(BaseModel):
-    """Settings of the corpus stage.
-
-    Attributes:
-        sources: what is read, in this order: each by its name, or as a `SourceConfig`.
-        text_field: the field or column that holds the text, or a list of those that a line end joins.
-        only_sources: keep only documents with one of these in their `source` field (or of files of these names, where
-            they have none); shell patterns.
-        block_length: tokens in a block.
-        isolated: documents do not see each other (position ids restart); otherwise packed, the paper's way.
-        heldout_fraction: share of the documents, chosen by content, that goes to the `validation` split.
-        max_tokens: stop after the document that reaches this many tokens.
-        shard_blocks: blocks in a shard: the unit of scoring and of resuming.
-        seed: of the choice of held-out documents.
-        skip_bad_records: count and list unreadable records instead of stopping.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    sources: list[str | SourceConfig] = Field(min_length=1)
-    text_field: TextField = "text"
-    only_sources: list[str] | None = Field(None, min_length=1)
-    block_length: int = Field(1024, ge=2)
-    isolated: bool = False
-    heldout_fraction: float = Field(0.0, ge=0.0, le=1.0)
-    max_tokens: int | None = Field(None, ge=1)
-    shard_blocks: int = Field(4096, ge=1)
-    seed: int = 0
-    skip_bad_records: bool = False
-
-    @property
-    def parts(self) -> list[SourceConfig]:
-        """The sources, the plain ones too, as `SourceConfig`."""
-        return [SourceConfig(source=one) if isinstance(one, str) else one for one in self.sources]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a built corpus notes of this, as JSON values.
-
-        Not what becomes of a bad record: that may be decided when there is one, and what was built before it is kept.
-        """
-        return self.model_dump(mode="json", exclude={"skip_bad_records"})
-
-    @property
-    def most_tokens(self) -> int | None:
-        """How many tokens it can have at most, where that is limited."""
-        of_parts = [part.max_tokens for part in self.parts]
-        limits = [self.max_tokens, None if None in of_parts else sum(limit or 0 for limit in of_parts)]
-        return min((limit for limit in limits if limit is not None), default=None)
+NOTHING_YET |= {"padding_tokens": 0}
 
 
 def build_corpus(config: CorpusConfig, tokenizer: Tokenizer, out: str | os.PathLike[str]) -> Manifest:
     """Tokenize and pack documents into the stage folder `out`: `train-*.parquet`, `validation-*.parquet`, tokenizer.
 
     Columns, one row a block: `input_ids`; token-aligned `document` (its number), `num_bytes` (UTF-8 bytes of text that
-    the token stands for) and `label` (index into the manifest's label names, -1 without); and for the documents in the
-    block, in order, `document_id` and `source`. An interrupted run continues after its last shard.
+    the token stands for) and `label` (index into the manifest's label names, -1 without); of conversations `loss_mask`
+    (whether it is trained on); and for the documents in the block, in order, `document_id` and `source`. An interrupted
+    run continues after its last shard.
 
     Raises:
-        DataError: unreadable input (see `rho.sources`), or less text than one block.
+        DataError: unreadable input (see `rho.sources`), less text than one block, or a conversation that is longer.
+        ConfigError: a chat template that does not say which part of a chat is the answer.
     """
     inputs = {"tokenizer": tokenizer.fingerprint, **source_hashes([part.source for part in config.parts])}
+    if config.messages_field is not None:
+        tokenizer = with_template(tokenizer)
+        inputs["chat_template"] = hash_json([tokenizer.chat_template, tokenizer.bos])
     with open_stage(out, "corpus", config.settings, inputs) as stage:
         if stage.fresh:
             return stage.manifest
@@ -161,7 +107,7 @@ class _Build:
     documents: int = 0  # documents so far; the next one's number
     # What does not fill a shard yet: token columns, and (number, id, source) of the documents they come from.
     rest: dict[str, dict[str, list[np.ndarray]]] = field(
-        default_factory=lambda: {split: {c: [] for c in TOKEN_COLUMNS} for split in SPLITS}
+        default_factory=lambda: {split: {c: [] for c in (*TOKEN_COLUMNS, LOSS_MASK)} for split in SPLITS}
     )
     names: dict[str, list[list[Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
@@ -178,11 +124,15 @@ class _Build:
         with np.load(self.progress_file, allow_pickle=False) as saved:
             for name, value in json.loads(bytes(saved["state"])).items():
                 setattr(self, name, value)
-            self.rest = {split: {c: [saved[f"{split}.{c}"]] for c in TOKEN_COLUMNS} for split in SPLITS}
+            self.rest = {split: {c: [saved[f"{split}.{c}"]] for c in self.token_columns} for split in SPLITS}
+
+    @property
+    def token_columns(self) -> tuple[str, ...]:
+        return (*TOKEN_COLUMNS, LOSS_MASK) if self.config.conversations else TOKEN_COLUMNS
 
     def save_progress(self) -> None:
         state = np.frombuffer(json.dumps({name: getattr(self, name) for name in self.SAVED}).encode(), np.uint8)
-        arrays = {f"{split}.{c}": _join(self.rest[split][c]) for split in SPLITS for c in TOKEN_COLUMNS}
+        arrays = {f"{split}.{c}": _join(self.rest[split][c]) for split in SPLITS for c in self.token_columns}
         with atomic_write(self.progress_file) as file:
             np.savez(file, allow_pickle=False, state=state, **arrays)
 
@@ -192,6 +142,8 @@ class _Build:
             for part in self.config.parts[self.part :]:
                 self.read(part, tokenizer, advance)
                 self.part, self.before, self.records = self.part + 1, self.tokens(), 0
+        for split in SPLITS if self.config.conversations else ():
+            self.fill(split, tokenizer.eos_id)
         self.write_shards(1)
         for split in SPLITS:
             self.counts[split]["dropped_tokens"] = self.waiting(split)
@@ -205,7 +157,8 @@ class _Build:
 
     def read(self, part: SourceConfig, tokenizer: Tokenizer, advance: Advance) -> None:
         """Read what is left of one source."""
-        for last_record, batch in () if self.full(part) else self.batches(part):
+        fields = self.config.fields(tokenizer, part.text_field)
+        for last_record, batch in () if self.full(part) else self.batches(part, fields):
             before = self.tokens()
             for document, (ids, ends) in zip(batch, tokenizer.encode([d.text for d in batch]), strict=True):
                 if not self.full(part):
@@ -225,13 +178,12 @@ class _Build:
         limits = ((self.config.max_tokens, self.tokens()), (part.max_tokens, self.tokens() - self.before))
         return any(limit is not None and tokens >= limit for limit, tokens in limits)
 
-    def batches(self, part: SourceConfig) -> Iterator[tuple[int, list[Document]]]:
+    def batches(self, part: SourceConfig, fields: Fields) -> Iterator[tuple[int, list[Document]]]:
         """Documents of a source in batches of about `BATCH_CHARACTERS`, each with the number of its last record."""
         on_bad = self.skip if self.config.skip_bad_records else None
-        text_field = part.text_field or self.config.text_field
         batch: list[Document] = []
         characters = number = 0
-        for number, document in read_documents([part.source], text_field, on_bad, self.records):
+        for number, document in read_documents([part.source], fields, on_bad, self.records):
             if not self.is_wanted(document):
                 continue
             batch.append(document)
@@ -258,17 +210,54 @@ class _Build:
             return
         columns = {
             "input_ids": np.append(ids, np.int32(eos_id)),
-            "document": np.full(len(ids) + 1, self.documents, np.int32),
             "num_bytes": np.append(token_bytes(document.text, ends), np.int32(0)),
             "label": np.append(self.token_labels(document, ends), np.int32(NO_LABEL)),
         }
-        for name, values in columns.items():
-            self.rest[split][name].append(values)
-        self.names[split].append([self.documents, document.id, document.source])
-        self.documents += 1
+        if self.config.conversations:
+            try:
+                columns[LOSS_MASK] = self.whole_answers(document, ends)
+            except ValueError as error:
+                if not self.config.skip_bad_records:
+                    raise DataError(f"{document.where}: {error}, or pass it over with --skip-bad-records.") from error
+                self.skip(SkippedRecord(document.where, str(error)))
+                return
+            if len(ids) + 1 > self.room(split):
+                self.fill(split, eos_id)
+        self.append(split, columns, document.id, document.source)
         count["documents"] += 1
         count["tokens"] += len(ids) + 1
         count["bytes"] += int(columns["num_bytes"].sum())
+
+    def whole_answers(self, document: Document, ends: np.ndarray) -> np.ndarray:
+        """The loss mask of a conversation, which must fit into a block: cut, an answer would lose its question."""
+        if len(ends) + 1 > self.config.block_length:
+            raise ValueError(
+                f"expected a conversation of at most the {self.config.block_length} tokens of a block, found "
+                f"{len(ends) + 1}. Ask for longer blocks with --block-length"
+            )
+        return loss_mask(document, ends)
+
+    def room(self, split: str) -> int:
+        """Tokens that the block begun has room for."""
+        begun = self.counts[split]["tokens"] + self.counts[split]["padding_tokens"]
+        return -begun % self.config.block_length
+
+    def fill(self, split: str, eos_id: int) -> None:
+        """Complete the block begun, with end tokens that are a document of their own and not trained on."""
+        room = self.room(split)
+        if room:
+            values = {"input_ids": eos_id, "num_bytes": 0, "label": NO_LABEL, LOSS_MASK: False}
+            columns = {name: np.full(room, value, np.int32) for name, value in values.items()}
+            self.append(split, columns, PADDING, PADDING)
+            self.counts[split]["padding_tokens"] += room
+
+    def append(self, split: str, columns: dict[str, np.ndarray], name: str, source: str) -> None:
+        """Append the tokens of a document."""
+        columns["document"] = np.full(len(columns["input_ids"]), self.documents, np.int32)
+        for column, values in columns.items():
+            self.rest[split][column].append(values)
+        self.names[split].append([self.documents, name, source])
+        self.documents += 1
 
     def is_heldout(self, text: str) -> bool:
         """By content: copies of a document fall on the same side."""
@@ -303,7 +292,7 @@ class _Build:
         return written
 
     def write_shard(self, split: str, blocks: int) -> None:
-        tokens = {name: _join(parts) for name, parts in self.rest[split].items()}
+        tokens = {name: _join(self.rest[split][name]) for name in self.token_columns}
         size = blocks * self.config.block_length
         rows = {name: values[:size].reshape(blocks, -1) for name, values in tokens.items()}
         names = {number: (name, source) for number, name, source in self.names[split]}
@@ -315,6 +304,7 @@ class _Build:
             {
                 **rows,
                 "label": rows["label"].astype(np.int8),
+                **({LOSS_MASK: rows[LOSS_MASK].astype(bool)} if LOSS_MASK in rows else {}),
                 "document_id": [np.array([name for name, _ in block], dtype=object) for block in in_block],
                 "source": [np.array([source for _, source in block], dtype=object) for block in in_block],
             },
@@ -331,24 +321,6 @@ def _join(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
-def token_bytes(text: str, ends: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes of text that each token stands for; they add up to the bytes of the text.
-
-    Args:
-        text: the document.
-        ends: the character at which each of its tokens ends. Where several tokens share one character, the first
-            gets its bytes; what lies behind the last token's end goes to the last token.
-    """
-    if text.isascii():
-        position = np.arange(len(text) + 1)
-    else:
-        code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        position = np.concatenate([[0], np.cumsum(1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000))])
-    reached = np.maximum.accumulate(ends)
-    reached[-1] = len(text)
-    return np.diff(position[reached], prepend=0).astype(np.int32)
-
-
 class Corpus(Shards):
     """One split of a corpus folder, row by row, ready for a model."""
 
@@ -357,8 +329,10 @@ class Corpus(Shards):
         facts = self.manifest.facts
         self.vocab_size: int = facts["vocab_size"]
         self.labels: list[str] = facts["labels"]
-        self.isolated: bool = self.manifest.config["isolated"]
-        self.block_length: int = self.manifest.config["block_length"]
+        made = self.manifest.config
+        self.conversations: bool = any(made.get(name) for name in ("completion_field", "messages_field"))
+        self.isolated: bool = made["isolated"] or self.conversations
+        self.block_length: int = made["block_length"]
         self.special_ids = torch.tensor(facts["special_ids"])
         if not self.shards:
             raise DataError(
@@ -376,11 +350,22 @@ class Corpus(Shards):
         """Content hash of the corpus."""
         return self.manifest.fingerprint
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The columns that `inputs` needs of a row."""
+        return ("input_ids", "document", LOSS_MASK) if self.conversations else ("input_ids", "document")
+
     def inputs(self, row: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """What a model reads of one row: input_ids_T, position_ids_T and labels_T (`token_labels`)."""
+        """What a model reads of one row: input_ids_T, position_ids_T and labels_T (`token_labels`).
+
+        Of conversations the answers alone have labels, with the end token of an answer.
+        """
         input_ids = torch.from_numpy(row["input_ids"].astype(np.int64))
         position_ids = torch.from_numpy(positions(row["document"], self.isolated))
-        labels = token_labels(input_ids, position_ids, self.special_ids)
+        if self.conversations:
+            labels = token_labels(input_ids, position_ids, ignore=torch.from_numpy(~row[LOSS_MASK]))
+        else:
+            labels = token_labels(input_ids, position_ids, self.special_ids)
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
     @staticmethod

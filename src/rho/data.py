@@ -7,16 +7,50 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from rho.corpus import Corpus
 from rho.errors import ConfigError, DataError, MismatchError
+from rho.history import HistoryConfig
 from rho.objective import IGNORE_INDEX
 from rho.selection import Cut, Selector, dataset_cut
 from rho.store import ScoreStore
 
 CombineReferences = Literal["mean", "min", "max", "weights"]
+
+
+class References(BaseModel):
+    """The references that score the tokens (`names`, or all) and how several become one: see `TrainingBlocks`.
+
+    With `history` the only reference is the model itself, as it was: see `rho.history`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    names: list[str] | None = Field(None, min_length=1)
+    combine: CombineReferences = "mean"
+    weights: dict[str, float] | None = None
+    history: HistoryConfig | None = None
+
+    @model_validator(mode="after")
+    def _weights_are_for_weights(self) -> References:
+        if self.history is not None and (self.names or self.combine != "mean"):
+            raise ValueError("'history' is the only reference: leave names, combine and weights out")
+        if (self.combine == "weights") != (self.weights is not None):
+            raise ValueError("'weights' by name go with combine: weights, and it with them")
+        return self
+
+    def chosen(self, scores: ScoreStore | Mapping[str, ScoreStore] | None) -> dict[str, ScoreStore]:
+        """The stores of `names`, in their order."""
+        stores = {"reference": scores} if isinstance(scores, ScoreStore) else dict(scores or {})
+        names = self.names or list(stores)
+        if missing := [name for name in names if name not in stores]:
+            raise ConfigError(
+                f"references.names: no scores of {', '.join(missing)}, found {', '.join(stores) or 'none'}."
+            )
+        return {name: stores[name] for name in names}
 
 
 class TrainingBlocks(Dataset):
@@ -54,7 +88,7 @@ class TrainingBlocks(Dataset):
         return len(self.corpus)
 
     def __getitem__(self, block: int) -> dict[str, Tensor]:
-        row = self.corpus.row(block, ("input_ids", "document", "label"))
+        row = self.corpus.row(block, (*self.corpus.reads, "label"))
         example = self.corpus.inputs(row)
         example["label"] = torch.from_numpy(row["label"].astype("int64"))
         example["block"] = torch.tensor(block)

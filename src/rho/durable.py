@@ -50,8 +50,11 @@ class DurableTrainer(Trainer):
         """What a subclass wants to find again in `take_up`; JSON values. Called on all ranks."""
         return {}
 
-    def take_up(self, state: dict[str, Any]) -> None:
-        """Go on from what `own_state` gave when the checkpoint was made."""
+    def save_own(self, folder: Path) -> None:
+        """Write what else a subclass wants to find again, as files of a checkpoint. Called on the first rank."""
+
+    def take_up(self, state: dict[str, Any], checkpoint: Path) -> None:
+        """Go on from what `own_state` gave when the checkpoint was made, and from its files."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if missing := [name for name in HOOKS if not hasattr(Trainer, name)]:
@@ -82,6 +85,7 @@ class DurableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             write_json(folder / PARTIAL / name / OWN_STATE, own_state)
+            self.save_own(folder / PARTIAL / name)
             self.state.save_to_json(str(folder / PARTIAL / name / "trainer_state.json"))
             if self.step_log is not None and self.step_log.exists():
                 sync(self.step_log)  # a checkpoint must not outlive the log of its steps
@@ -95,7 +99,7 @@ class DurableTrainer(Trainer):
         if checkpoint is None:
             return
         self._committed = self.state.global_step
-        self.take_up(json.loads((Path(checkpoint) / OWN_STATE).read_bytes()))
+        self.take_up(json.loads((Path(checkpoint) / OWN_STATE).read_bytes()), Path(checkpoint))
         # `Trainer` looks for the best checkpoint where the run stood when it was made.
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         self.state.best_model_checkpoint = str(best) if best.exists() else None

@@ -46,7 +46,7 @@ from rho.score import Source
 from rho.train import TrainConfig
 from rho.trajectories import CLASSES, PREFERENCES, THRESHOLD, Dynamics, preferences, token_dynamics
 
-WANTED = ("input_ids", "document", "num_bytes", "label", "document_id", "source")
+WANTED = ("num_bytes", "label", "document_id", "source")  # beside what a model reads
 
 
 class DynamicsConfig(BaseModel):
@@ -151,6 +151,11 @@ def selection_of(models: Sequence[str], reference: str, corpus: Corpus) -> Explo
             f"{' '.join(models)}. Give that folder, or leave --reference out."
         )
     made = TrainConfig.model_validate(read_manifest(models[0], "train").config)
+    if made.references.history is not None:
+        raise ConfigError(
+            f"--reference: {models[0]} selected by its own history, which its checkpoints' weights do not tell. Leave "
+            "it out."
+        )
     return Exploration(corpus, {"reference": Source(ModelConfig(path=reference))}, made.selector)
 
 
@@ -198,7 +203,7 @@ def token_set(corpus: Corpus, config: DynamicsConfig) -> TokenSet:
     """The tokens to follow: whole blocks, spread evenly over the set."""
     number = min(len(corpus), max(1, config.max_tokens // corpus.block_length))
     block_B = np.arange(number) * len(corpus) // number
-    rows = [corpus.row(int(block), WANTED) for block in block_B]
+    rows = [corpus.row(int(block), (*corpus.reads, *WANTED)) for block in block_B]
     batches = [
         as_batch(corpus, rows[start : start + config.batch_size]) for start in range(0, number, config.batch_size)
     ]

@@ -259,7 +259,7 @@ def _write_tokens(entry: Checkpoint, explore: Exploration, config: EvaluateConfi
     """One row a token of the first blocks: what model and reference lose, and whether it would be selected."""
     corpus = explore.corpus
     model = load_checkpoint(entry, corpus)
-    wanted = ("input_ids", "document", "num_bytes", "label", "document_id", "source")
+    wanted = (*corpus.reads, "num_bytes", "label", "document_id", "source")
     rows = [corpus.row(block, wanted) for block in range(min(config.token_blocks, len(corpus)))]
     batch = as_batch(corpus, rows)
     loss = score_batch(model, batch)[0].cpu()

@@ -21,7 +21,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from rho.corpus import token_bytes
 from rho.errors import ConfigError, DataError, MismatchError
 from rho.models import ModelConfig, Precision, check_head, device, make_model, model_folder
 from rho.objective import excess_loss, token_labels
@@ -32,7 +31,7 @@ from rho.references.scorer import Batch, Scorer, in_windows
 from rho.rows import TokenRow
 from rho.selection import Selector
 from rho.sources import read_documents
-from rho.tokenizer import Tokenizer
+from rho.tokenizer import Tokenizer, token_bytes
 
 STDIN = "-"
 

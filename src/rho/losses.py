@@ -39,7 +39,7 @@ def block_losses(model: PreTrainedModel, corpus: Corpus, batch_size: int = 8) ->
     sums: list[dict[str, Any]] = []
     block = 0
     for shard in corpus.shards:
-        columns = corpus.read_shard(shard, ("input_ids", "document", "num_bytes", "label", "source"))
+        columns = corpus.read_shard(shard, (*corpus.reads, "num_bytes", "label", "source"))
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]

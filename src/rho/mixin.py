@@ -12,6 +12,7 @@ from rho.distributed import all_gather, rank
 from rho.errors import ConfigError, DataError, MismatchError, RhoError
 from rho.filtered import FilteredBackward
 from rho.forward import NO_FILTER, make_selective
+from rho.history import History
 from rho.integrations.labels import is_packed, split_labels
 from rho.objective import IGNORE_INDEX, num_to_select
 from rho.references.scorer import Scorer
@@ -48,9 +49,10 @@ class SelectiveMixin:
     model_wrapped: Any
     state: Any
     _signature_columns: list[str] | None
-    # Of a subclass that has them: the cut of scope dataset, an online reference, a filtered backward.
+    # Of a subclass that has them: the cut of scope dataset, an online reference or history, a filtered backward.
     cut: Cut | None = None
     reference: Scorer | None = None
+    history: History | None = None
     filtered: FilteredBackward | None = None
 
     def __init__(self, *args: Any, selector: Selector, backend: Backend = "rho", **kwargs: Any) -> None:
@@ -91,6 +93,10 @@ class SelectiveMixin:
         batches = [self._unpacked(batch) for batch in batches]
         if self.reference is not None:
             batches = [batch | self.reference(batch) for batch in batches]
+        if self.history is not None:
+            with self.history.in_place():
+                batches = [batch | {"ref_loss": self._losses(batch)} for batch in batches]
+            self.history.follow(self.state.global_step)
         eligible = [self.eligible(batch) for batch in batches]
         total = self.total(sum((mask.sum() for mask in eligible), torch.zeros((), dtype=torch.int64)))
         masks = self._decide(active, batches, eligible)

@@ -21,6 +21,7 @@ from rho.report import write_report
 from rho.report.data import CONFIG, reference_folder
 from rho.runs import MANIFEST, Manifest, hash_file, is_made_from
 from rho.score import ScoreConfig, Source, score_corpus
+from rho.selection import Selector
 from rho.store import ScoreStore
 from rho.tokenizer import Tokenizer, train_tokenizer
 from rho.train import TrainConfig, check_reference, compare_reference, train
@@ -268,11 +269,13 @@ class Pipeline:
     def exploration(self, name: str, arm: str, seed: int) -> Exploration:
         """The held-out split of the corpus `name`, with the references and the selection of an arm."""
         text = Corpus(self.corpus_folder(name), "validation")
-        names = self.config.references_of(arm) or self.config.references  # to be looked at, where they select nothing
-        used = {name: self.source(name) for name in names}
+        names = self.config.references_of(arm)
         selection = self.config.train.arm(arm, seed)
+        # What a history picked can't be told from a checkpoint's weights: shown beside the references, as a plain arm.
+        selector = selection.selector if names else Selector()
+        used = {reference: self.source(reference) for reference in names or self.config.references}
         how = selection.references
-        return Exploration(text, used, selection.selector, how.combine, how.weights, self.score_config())
+        return Exploration(text, used, selector, how.combine, how.weights, self.score_config())
 
     def dynamics(self) -> None:
         """Single tokens over the checkpoints of every arm asked for, and what its selection would pick of them."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rho.objective import IGNORE_INDEX, excess_loss, num_to_select, select_top
 
-Score = Literal["excess", "loss", "ref_loss", "ref_entropy", "random"]
+Score = Literal["excess", "retrospective", "loss", "ref_loss", "ref_entropy", "random"]
 Scope = Literal["sequence", "batch", "step", "running", "dataset"]
 Weighting = Literal["mask", "softmax", "sigmoid", "exponential"]  # what can be said of a corpus
 Combine = Literal["intersection", "union"]
@@ -73,8 +73,9 @@ class Selector:
     """Which tokens of an optimizer step are trained on.
 
     Attributes:
-        score: `excess` (Eq. 3); `loss` (highest current loss); `ref_loss` (lowest reference loss) and `ref_entropy`
-            (lowest reference entropy), the paper's static scores (App. H); `random` (the control).
+        score: `excess` (Eq. 3); `retrospective`, the excess of the reference over the model (ssToken, with the model's
+            own history as the reference); `loss` (highest current loss); `ref_loss` (lowest reference loss) and
+            `ref_entropy` (lowest reference entropy), the paper's static scores (App. H); `random` (the control).
         ratio: share of the eligible tokens, in (0, 1]. At 1 every eligible token is selected: plain CLM.
         scope: the tokens ranked together; see the module.
         schedule: the ratio by step instead of `ratio`.
@@ -153,14 +154,14 @@ class Selector:
     @property
     def static(self) -> bool:
         """Whether the selection can be made before the forward."""
-        return not self.selective or all(part.score not in ("excess", "loss") for part in self.parts)
+        return not self.selective or all(part.score not in ("excess", "retrospective", "loss") for part in self.parts)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that the scores are made from, the reference's, or the weights themselves."""
         if self.weighting == "loss_weights":
             return (self.weighting,)
-        needed = {"excess": "ref_loss", "ref_loss": "ref_loss", "ref_entropy": "ref_entropy"}
+        needed = dict.fromkeys(("excess", "retrospective", "ref_loss"), "ref_loss") | {"ref_entropy": "ref_entropy"}
         found = (needed[part.score] for part in self.parts if part.score in needed)
         return tuple(dict.fromkeys(found)) if self.selective else ()
 
@@ -205,7 +206,10 @@ class Selector:
             return -columns[self.score]
         if loss_BT is None:
             raise ValueError(f"score '{self.score}' needs the current losses")
-        return loss_BT if self.score == "loss" else excess_loss(loss_BT, columns["ref_loss"])
+        if self.score == "loss":
+            return loss_BT
+        excess_BT = excess_loss(loss_BT, columns["ref_loss"])
+        return -excess_BT if self.score == "retrospective" else excess_BT
 
     def select(self, parts_scores: Sequence[Tensor], eligible_BT: Tensor, threshold: float | None = None) -> Tensor:
         """mask_BT of Eq. 5 where the scope lies within the micro-batch: sequence, batch, or running with a threshold.

@@ -24,12 +24,16 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUPPORTED = "one of .jsonl .json .ndjson .txt .md (each also .gz or .zst) or .parquet"
 
 
+CharacterRange = tuple[int, int]  # start and end, in characters of a text
+TextField = str | list[str]  # the field that holds the text, or several that hold its parts
+
+
 @dataclass(frozen=True)
 class Document:
     """One text and where it comes from.
 
     `where` ('path:line') is for messages. `spans` are `(start, end, label)` character ranges of the text, where the
-    source has them.
+    source has them; `answers` the only ones that are to be learned, where not all of it is.
     """
 
     text: str
@@ -37,6 +41,7 @@ class Document:
     source: str
     where: str
     spans: list[Span] | None = None
+    answers: list[CharacterRange] | None = None
 
 
 @dataclass
@@ -51,15 +56,51 @@ class _BadRecord(Exception):
     """What is wrong with the record being made; whoever reads knows where it is."""
 
 
+@dataclass(frozen=True)
+class Fields:
+    """The fields of a record that hold its text.
+
+    Attributes:
+        names: of the fields.
+        make: the text of their values, and which of its characters are to be learned (None: all); a ValueError says
+            what is wrong with them.
+        option: what names them on the command line, for messages.
+    """
+
+    names: tuple[str, ...]
+    make: Callable[..., tuple[str, list[CharacterRange] | None]]
+    option: str
+
+
+def whole_text(text_field: TextField = "text") -> Fields:
+    """One field that holds all of it, or several that hold its parts, which a line end joins."""
+    names = (text_field,) if isinstance(text_field, str) else tuple(text_field)
+
+    def make(*parts: Any) -> tuple[str, None]:
+        for name, part in zip(names, parts, strict=True):
+            expect_string(name, part, "--text-field")
+        return "\n".join(parts), None
+
+    others = "of answers to be learned: --prompt-field and --completion-field, or --messages-field"
+    return Fields(names, make, f"--text-field ({others})")
+
+
+def expect_string(name: str, value: Any, option: str) -> None:
+    """A ValueError if the value of a field is none."""
+    if not isinstance(value, str):
+        raise ValueError(
+            f"expected a string in field '{name}', found {type(value).__name__}; {option} names another field"
+        )
+
+
 # A record that was found, with where it is, but not yet parsed, so that a resumed job passes over it cheaply.
 # None stands for nothing at all: a blank line, a module without docstrings.
 Record = tuple[str, Callable[[], Document | None]]
-TextField = str | list[str]  # the field that holds the text, or several that hold its parts
 
 
 def read_documents(
     sources: Sequence[str],
-    text_field: TextField = "text",
+    fields: TextField | Fields = "text",
     on_bad: Callable[[SkippedRecord], None] | None = None,
     start: int = 0,
 ) -> Iterator[tuple[int, Document]]:
@@ -70,14 +111,14 @@ def read_documents(
     Args:
         sources: files, folders (everything supported below, sorted), globs, `hf:NAME_OR_PATH[:CONFIG][@SPLIT]`,
             `docstrings:PACKAGE` or `source:PACKAGE`.
-        text_field: the field that holds the text; of several, in their order, a line end joins what they hold.
+        fields: what holds the text of a record: a field's name, several that a line end joins, or more than names.
         on_bad: called with each record that can't be used, instead of raising an error.
         start: the number of records to pass over.
 
     Raises:
         DataError: a source is missing, damaged or of an unknown kind, or a record is bad and there is no `on_bad`.
     """
-    fields = [text_field] if isinstance(text_field, str) else text_field
+    fields = fields if isinstance(fields, Fields) else whole_text(fields)
     streams = [_records(source, fields) for source in sources]
     for number, (where, make) in enumerate(chain.from_iterable(streams)):
         if number < start:
@@ -115,7 +156,7 @@ def _kind(source: str) -> tuple[str, str]:
     return prefix, source.removeprefix(prefix)
 
 
-def _records(source: str, fields: list[str]) -> Iterator[Record]:
+def _records(source: str, fields: Fields) -> Iterator[Record]:
     """The records of one source. A source that isn't there is an error now, not when its turn comes."""
     kind, name = _kind(source)
     if kind == "hf:":
@@ -161,7 +202,7 @@ def _stem(path: Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSIONS else path.stem
 
 
-def _file_records(path: Path, fields: list[str]) -> Iterator[Record]:
+def _file_records(path: Path, fields: Fields) -> Iterator[Record]:
     if _format(path) in WHOLE_TEXT:
         yield str(path), partial(_text_file, path)
         return
@@ -201,10 +242,10 @@ def _text_file(path: Path) -> Document:
         raw = file.read(MAX_RECORD_BYTES + 1)
     if not raw:
         raise _BadRecord("the file is empty")
-    return _document({"text": _decode(raw)}, ["text"], str(path), _stem(path))
+    return _document({"text": _decode(raw)}, whole_text(), str(path), _stem(path))
 
 
-def _json_records(path: Path, fields: list[str]) -> Iterator[Record]:
+def _json_records(path: Path, fields: Fields) -> Iterator[Record]:
     with _open(path) as file:
         for number, line in enumerate(_lines(file), 1):
             where = f"{path}:{number}"
@@ -220,7 +261,7 @@ def _lines(file: io.BufferedReader) -> Iterator[bytes]:
         yield line
 
 
-def _json_line(line: bytes, fields: list[str], where: str, source: str) -> Document | None:
+def _json_line(line: bytes, fields: Fields, where: str, source: str) -> Document | None:
     text = _decode(line)
     if not text.strip():
         return None
@@ -240,16 +281,16 @@ def _decode(raw: bytes) -> str:
         raise _BadRecord(f"expected UTF-8 text, found byte 0x{raw[error.start]:02x} at {error.start}") from error
 
 
-def _parquet_records(path: Path, fields: list[str]) -> Iterator[Record]:
+def _parquet_records(path: Path, fields: Fields) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
     # Buffered without pre-buffering: memory is a page a column, not a row group.
     options = {"pre_buffer": False, "buffer_size": 2**20, "page_checksum_verification": True}
     with pq.ParquetFile(path, **options) as file:
         names = file.schema_arrow.names
-        if missing := [name for name in fields if name not in names]:
-            raise DataError(f"{path}: {_no_field(missing[0], names)}.")
-        columns = [name for name in names if name in (*fields, "id", "source", "spans")]
+        if not set(fields.names) <= set(names):
+            raise DataError(f"{path}: {_no_field(fields, names)}.")
+        columns = [name for name in names if name in (*fields.names, "id", "source", "spans")]
         row = 0
         for batch in file.iter_batches(batch_size=64, columns=columns):
             for place in range(len(batch)):
@@ -258,7 +299,7 @@ def _parquet_records(path: Path, fields: list[str]) -> Iterator[Record]:
                 yield where, partial(_parquet_row, batch, place, fields, where, path.stem)
 
 
-def _parquet_row(batch: Any, place: int, fields: list[str], where: str, source: str) -> Document:
+def _parquet_row(batch: Any, place: int, fields: Fields, where: str, source: str) -> Document:
     try:
         record = batch.slice(place, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
@@ -266,17 +307,17 @@ def _parquet_row(batch: Any, place: int, fields: list[str], where: str, source: 
     return _document(record, fields, where, source)
 
 
-def _document(record: object, fields: list[str], where: str, source: str) -> Document:
+def _document(record: object, fields: Fields, where: str, source: str) -> Document:
     """Check a record and make a document of it."""
     if not isinstance(record, dict):
         raise _BadRecord(f"expected a JSON object, found {type(record).__name__}")
-    for field in fields:
-        if field not in record:
-            raise _BadRecord(_no_field(field, list(record)))
-        if not isinstance(record[field], str):
-            found = type(record[field]).__name__
-            raise _BadRecord(f"expected a string in field '{field}', found {found}; --text-field names another field")
-    text, name, given_source = "\n".join(record[field] for field in fields), record.get("id"), record.get("source")
+    if not set(fields.names) <= record.keys():
+        raise _BadRecord(_no_field(fields, list(record)))
+    try:
+        text, answers = fields.make(*(record[name] for name in fields.names))
+    except ValueError as error:
+        raise _BadRecord(str(error)) from error
+    name, given_source = record.get("id"), record.get("source")
     name = str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) else where
     source = given_source if isinstance(given_source, str) else source
     spans = _spans(record.get("spans"), len(text))
@@ -285,12 +326,13 @@ def _document(record: object, fields: list[str], where: str, source: str) -> Doc
             string.encode()
         except UnicodeEncodeError as error:
             raise _BadRecord(f"expected Unicode text, found a lone surrogate at character {error.start}") from error
-    return Document(text, name, source, where, spans)
+    return Document(text, name, source, where, spans, answers)
 
 
-def _no_field(field: str, found: list[str]) -> str:
-    fields = ", ".join(repr(name) for name in found[:20]) or "none"
-    return f"expected the text in field '{field}', found the fields {fields}; name the right one with --text-field"
+def _no_field(fields: Fields, found: list[str]) -> str:
+    there = ", ".join(repr(name) for name in found[:20]) or "none"
+    wanted = f"field{'s' if len(fields.names) > 1 else ''} {' and '.join(map(repr, fields.names))}"
+    return f"expected the text in {wanted}, found the fields {there}; name the right one with {fields.option}"
 
 
 def _spans(value: Any, length: int) -> list[Span] | None:
@@ -346,7 +388,7 @@ def _asking_hub(source: str) -> Iterator[None]:
         ) from error
 
 
-def _hub_records(source: str, fields: list[str]) -> Iterator[Record]:
+def _hub_records(source: str, fields: Fields) -> Iterator[Record]:
     import datasets
 
     name, config, split = _hub_address(source)
@@ -355,7 +397,7 @@ def _hub_records(source: str, fields: list[str]) -> Iterator[Record]:
     return _hub_rows(source, rows, fields)
 
 
-def _hub_rows(source: str, rows: Any, fields: list[str]) -> Iterator[Record]:
+def _hub_rows(source: str, rows: Any, fields: Fields) -> Iterator[Record]:
     default_source = Path(_hub_address(source)[0]).name
     with _asking_hub(source):
         for number, row in enumerate(rows, 1):

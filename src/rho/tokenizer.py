@@ -29,10 +29,14 @@ class Tokenizer:
     Attributes:
         backend: the `tokenizers` object.
         eos: the token that ends a document.
+        chat_template: Jinja template of a chat, where it comes with one.
+        bos: the token that begins a text in that template, empty without.
     """
 
     backend: tokenizers.Tokenizer
     eos: str
+    chat_template: str | None = None
+    bos: str = ""
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], eos: str | None = None) -> Tokenizer:
@@ -46,21 +50,23 @@ class Tokenizer:
             ConfigError: nothing loadable there, or no end-of-document token known.
         """
         file = Path(path)
-        known: tuple[str, ...] = ()
+        named: dict[str, str] = {}
         if file.is_file():
             backend = _from_file(file)
         elif (file / "tokenizer.json").is_file():  # the file itself, not what a model's tokenizer class makes of it
             backend = _from_file(file / "tokenizer.json")
-            known = _named_eos(file / "tokenizer_config.json")
+            named = _named(file)
         else:
-            backend, config_eos = _from_pretrained(str(path))
-            known = (config_eos,) if config_eos else ()
+            backend, named = _from_pretrained(str(path))
         backend.no_truncation()  # some files carry the settings of somebody's last batch
         backend.no_padding()
+        known = (named["eos_token"],) if "eos_token" in named else ()
         for token in (eos,) if eos else (*known, *KNOWN_EOS):
             if backend.token_to_id(token) is not None:
                 backend.add_special_tokens([token])  # it keeps its id; saving would do so too
-                return cls(backend, token)
+                special = {added.content for added in backend.get_added_tokens_decoder().values() if added.special}
+                bos = named.get("bos_token", "")
+                return cls(backend, token, named.get("chat_template"), bos if bos in special else "")
         known_eos = ", ".join(KNOWN_EOS)
         raise ConfigError(
             f"{path}: no end-of-document token: its vocabulary has {f'no {eos}' if eos else 'none of ' + known_eos}. "
@@ -105,7 +111,28 @@ class Tokenizer:
         from transformers import PreTrainedTokenizerFast
 
         folder.mkdir(parents=True, exist_ok=True)
-        PreTrainedTokenizerFast(tokenizer_object=self.backend, eos_token=self.eos).save_pretrained(folder)
+        named = {"bos_token": self.bos} if self.bos else {}
+        made = PreTrainedTokenizerFast(tokenizer_object=self.backend, eos_token=self.eos, **named)
+        made.chat_template = self.chat_template
+        made.save_pretrained(folder)
+
+
+def token_bytes(text: str, ends: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes of text that each token stands for; they add up to the bytes of the text.
+
+    Args:
+        text: the document.
+        ends: the character at which each of its tokens ends. Where several tokens share one character, the first
+            gets its bytes; what lies behind the last token's end goes to the last token.
+    """
+    if text.isascii():
+        position = np.arange(len(text) + 1)
+    else:
+        code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        position = np.concatenate([[0], np.cumsum(1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000))])
+    reached = np.maximum.accumulate(ends)
+    reached[-1] = len(text)
+    return np.diff(position[reached], prepend=0).astype(np.int32)
 
 
 def _from_file(file: Path) -> tokenizers.Tokenizer:
@@ -115,17 +142,34 @@ def _from_file(file: Path) -> tokenizers.Tokenizer:
         raise ConfigError(f"{file}: not a tokenizer.json ({error}).") from error
 
 
-def _named_eos(config: Path) -> tuple[str, ...]:
-    """The end-of-document token that a tokenizer_config.json names, if there is one."""
+def _named(folder: Path) -> dict[str, str]:
+    """What the files of a tokenizer beside its tokenizer.json name: eos_token, bos_token, chat_template."""
     try:
-        eos = json.loads(config.read_bytes())["eos_token"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    return (eos,) if isinstance(eos, str) else ()
+        found = json.loads((folder / "tokenizer_config.json").read_bytes())
+        found = dict(found) if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        found = {}
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        found["chat_template"] = template.read_text(encoding="utf-8")
+    return _strings(found)
 
 
-def _from_pretrained(name: str) -> tuple[tokenizers.Tokenizer, str | None]:
+def _strings(found: dict[str, Any]) -> dict[str, str]:
+    """Tokens and template as text, in whatever form a config has them; those that are there."""
+    named = {}
+    for name in ("eos_token", "bos_token", "chat_template"):
+        value = found.get(name)
+        if isinstance(value, list):  # several templates, the older form
+            value = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
+        if isinstance(value, dict):
+            value = value.get("content", value.get("default"))
+        if isinstance(value, str):
+            named[name] = value
+    return named
+
+
+def _from_pretrained(name: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     from transformers import AutoTokenizer
 
     try:
@@ -135,7 +179,7 @@ def _from_pretrained(name: str) -> tuple[tokenizers.Tokenizer, str | None]:
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise ConfigError(f"{name}: a slow tokenizer without character offsets. A tokenizer.json is needed.")
-    return backend, loaded.eos_token
+    return backend, _strings({n: getattr(loaded, n, None) for n in ("eos_token", "bos_token", "chat_template")})
 
 
 def train_tokenizer(

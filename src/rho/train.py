@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from rho.backends import Backend
 from rho.checkpoints import checkpoints, step_of
 from rho.corpus import Corpus
-from rho.data import CombineReferences, TrainingBlocks
+from rho.data import References, TrainingBlocks
 from rho.distributed import rank
 from rho.durable import OWN_STATE, EarlyStopping
 from rho.errors import ConfigError, MismatchError
@@ -103,32 +103,6 @@ def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
 
 
-class References(BaseModel):
-    """The references that score the tokens (`names`, or all) and how several become one: see `TrainingBlocks`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    names: list[str] | None = Field(None, min_length=1)
-    combine: CombineReferences = "mean"
-    weights: dict[str, float] | None = None
-
-    @model_validator(mode="after")
-    def _weights_are_for_weights(self) -> References:
-        if (self.combine == "weights") != (self.weights is not None):
-            raise ValueError("'weights' by name go with combine: weights, and it with them")
-        return self
-
-    def chosen(self, scores: ScoreStore | Mapping[str, ScoreStore] | None) -> dict[str, ScoreStore]:
-        """The stores of `names`, in their order."""
-        stores = {"reference": scores} if isinstance(scores, ScoreStore) else dict(scores or {})
-        names = self.names or list(stores)
-        if missing := [name for name in names if name not in stores]:
-            raise ConfigError(
-                f"references.names: no scores of {', '.join(missing)}, found {', '.join(stores) or 'none'}."
-            )
-        return {name: stores[name] for name in names}
-
-
 class TrainConfig(BaseModel):
     """Settings of the train stage.
 
@@ -169,6 +143,13 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _selection_is_possible(self) -> TrainConfig:
         _ = self.selector  # raises a ValueError that names the setting
+        if self.references.history is not None and {"retrospective"} != {
+            part.score for part in self.selector.parts if part.score not in ("loss", "random")
+        }:
+            raise ValueError(
+                f"references.history: the model's own past is the reference of score 'retrospective', found "
+                f"'{self.score}'"
+            )
         if self.backend != "rho" and (self.retention or self.weighting != "mask"):
             raise ValueError(f"backend {self.backend}: only rho's own knows soft weights and retention")
         return self
@@ -179,8 +160,12 @@ class TrainConfig(BaseModel):
         return Selector(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Selector)})
 
     def judged(self, references: Iterable[str]) -> list[str]:
-        """Those of the `references` that must be better than the model on the target: not one of an unwanted domain."""
-        if "ref_loss" not in self.selector.columns:
+        """Those of the `references` that must be better than the model on the target.
+
+        Not one of an unwanted domain, nor one of the past.
+        """
+        selector = self.selector
+        if not selector.selective or all(part.score not in ("excess", "ref_loss") for part in selector.parts):
             return []
         return [name for name in references if (self.references.weights or {}).get(name, 1.0) >= 0]
 
@@ -217,7 +202,7 @@ def train(
     selector = config.selector
     reference = _online(config, scores, reference)
     stores = config.references.chosen(scores) if reference is None else {}
-    if selector.columns and not stores and reference is None:
+    if selector.columns and not stores and reference is None and config.references.history is None:
         raise ConfigError(f"ratio {config.ratio} with score '{config.score}' needs --scores (--reference), found none.")
     columns = ("ref_loss", *(c for c in selector.columns if c != "ref_loss")) if stores else ()
     data = TrainingBlocks(corpus, stores, config.references.combine, config.references.weights, columns)
@@ -266,6 +251,10 @@ def _online(
             "reference: scores batches as they come, and is the only one, so it goes neither with --scores nor with "
             "weights of several, nor with scope dataset, which ranks the whole corpus at once. Leave these out."
         )
+    if config.references.history is not None and (scores or reference is not None):
+        raise ConfigError(
+            "references.history: the model's own past is the only reference. Leave --scores and --reference out."
+        )
     return reference if config.selector.columns else None
 
 
@@ -302,6 +291,7 @@ def _trainer(
             filtered_backward=config.filtered_backward,
             backend=config.backend,
             reference=reference,
+            history=config.references.history if selector.columns else None,
             eval_dataset=target,
             callbacks=[EarlyStopping(config.early_stopping)] if config.early_stopping else [],
         )

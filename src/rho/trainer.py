@@ -20,6 +20,7 @@ from rho.distributed import all_gather
 from rho.durable import DurableTrainer
 from rho.errors import ConfigError, RhoError
 from rho.filtered import FilteredBackward
+from rho.history import History, HistoryConfig
 from rho.mixin import SelectiveMixin
 from rho.models import plain
 from rho.progress import say
@@ -44,6 +45,7 @@ class SelectiveTrainer(SelectiveMixin, DurableTrainer):
         skip_nonfinite: how many steps with a loss or gradient that is not finite are left out before training stops.
         backend: whose code makes the loss from hidden states; see `rho.backends`.
         reference: what gives the batches columns that the rows don't have, each time they come (an online reference).
+        history: which weights of its own past are the reference, instead; not of a model in shards.
         filtered_backward: leave tokens that were not selected out of the blocks' backward, an approximation; how near
             it comes to the exact gradient is logged every `COMPARE_EVERY` steps.
         All else is `Trainer`'s.
@@ -63,6 +65,7 @@ class SelectiveTrainer(SelectiveMixin, DurableTrainer):
         skip_nonfinite: int = 0,
         backend: Backend = "rho",
         reference: Scorer | None = None,
+        history: HistoryConfig | None = None,
         filtered_backward: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -81,6 +84,9 @@ class SelectiveTrainer(SelectiveMixin, DurableTrainer):
             model=model, args=args, train_dataset=Padded(train_dataset), selector=selector, backend=backend, **kwargs
         )
         self.step_log = step_log
+        if history is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError("references.history: not of a model in shards (FSDP, DeepSpeed). Leave one of them out.")
+        self.history = None if history is None else History(model, history)
         self.order = RowOrder(len(train_dataset), args.train_batch_size * args.world_size, args.seed)  # type: ignore[arg-type]
         self._stats = SelectionStats(selector, label_names or [])
         self._logged_at = time.monotonic(), time.process_time()
@@ -158,8 +164,15 @@ class SelectiveTrainer(SelectiveMixin, DurableTrainer):
             "threshold": dataclasses.asdict(self._threshold),
         }
 
-    def take_up(self, state: dict[str, Any]) -> None:
-        """Go on from what `own_state` gave."""
+    def save_own(self, folder: Path) -> None:
+        """The history's weights."""
+        if self.history is not None:
+            self.history.save(folder)
+
+    def take_up(self, state: dict[str, Any], checkpoint: Path) -> None:
+        """Go on from what `own_state` and `save_own` gave."""
+        if self.history is not None:
+            self.history.load(checkpoint)
         self._seen, self._skipped = dict(state["logged"]), state["skipped"]
         self._threshold, self._compared = RunningThreshold(**state["threshold"]), state["compared"]
         if state["not_logged"]:

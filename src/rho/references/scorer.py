@@ -112,7 +112,7 @@ def checked(loss: MeanLoss, corpus: Corpus) -> MeanLoss:
 
 def batches(corpus: Corpus, shard: Mapping[str, Any], batch_size: int) -> Iterator[Batch]:
     """The rows of a corpus shard, `batch_size` at a time."""
-    columns = corpus.read_shard(shard, ("input_ids", "document", "num_bytes"))
+    columns = corpus.read_shard(shard, (*corpus.reads, "num_bytes"))
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     for start in range(0, len(rows), batch_size):
         yield as_batch(corpus, rows[start : start + batch_size])
