@@ -302,6 +302,7 @@ clean mathematics (3.2 M tokens; the noisy corpus has 25.7 M). Beside the paper'
 out: tokens selected at random, plain training on curated and noisy text together (`clm-mixed`, one token in nine is
 curated), plain training that ends with curated text (`clm-then-curated`, whose additional tokens count), and the
 reference's own loss. What each arm is: the recipe. A number in a name is its ratio.
+What was learned, also where the controls win, and what is not run yet: [log.md](log.md).
 """
 
 
