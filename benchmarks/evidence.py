@@ -352,6 +352,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="key.of.it=value in the recipe")
     options = parser.parse_args()
     if options.minutes is not None:  # Ctrl-C is what training answers with a checkpoint
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
         signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
         signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
     recipe = Path(options.size) if options.size.endswith(".yaml") else RECIPES / f"evidence-{options.size}.yaml"

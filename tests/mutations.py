@@ -360,7 +360,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the history is renewed before it is compared with",
-        "trainer.py",
+        "mixin.py",
         "            with self.history.in_place():\n",
         "            self.history.follow(self.state.global_step)\n            with self.history.in_place():\n",
         "test_history.py::test_the_tokens_that_gained_most_since_then_are_selected[1]",

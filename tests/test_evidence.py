@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,15 @@ def test_a_text_that_changed_makes_another_run(recipe):
 INTERRUPTED = [(train.SelectiveTrainer, "training_step", 3), (score, "write_shard", 2), (evaluate, "block_losses", 2)]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C is heard; a shell's background jobs are started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_experiment_goes_on_where_it_was_stopped_and_records_every_run_once(recipe, tmp_path, monkeypatch):
     """Stopped as its time limit does it, by a Ctrl-C from within."""
     config = load(recipe)
