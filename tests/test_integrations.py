@@ -202,6 +202,23 @@ def test_trl(
     check_same(cases.by_trainer(trl(architecture, tmp_path, rows, processor, packing, **settings)), expected)
 
 
+@pytest.mark.parametrize(
+    "selector",
+    [
+        Selector("excess", 0.55, "step"),
+        Selector("excess", 0.5, retention=0.3),
+        Selector("excess", 0.6, weighting="softmax"),
+    ],
+    ids=("step", "retention", "softmax"),
+)
+def test_packing_changes_no_other_selection_either(
+    architecture: dict, tmp_path: Path, processor: Any, selector: Selector
+) -> None:
+    rows = [only(row, NAMES) for row in cases.rows()]
+    one = cases.by_trainer(mixin(architecture, tmp_path, rows, selector=selector))
+    check_same(cases.by_trainer(trl(architecture, tmp_path, rows, processor, True, selector=selector)), one)
+
+
 def test_trl_trains_on_what_the_assistant_says_alone(architecture: dict, tmp_path: Path, processor: Any) -> None:
     rows = []
     for row in cases.rows():
