@@ -218,7 +218,7 @@ class Experiment:
     @contextmanager
     def timed(self, name: str, stage: Path) -> Iterator[None]:
         """Add the seconds of a stage to those that an interrupted call spent on it."""
-        began, finished = _clock(), _is_complete(stage)
+        began, finished = _clock(), is_complete(stage)
         try:
             yield
         finally:
@@ -285,7 +285,8 @@ def _clock() -> float:
     return time.monotonic() if WALL else time.process_time()
 
 
-def _is_complete(stage: Path) -> bool:
+def is_complete(stage: Path) -> bool:
+    """Whether a stage is there and finished."""
     return (stage / MANIFEST).is_file() and json.loads((stage / MANIFEST).read_bytes())["status"] == "complete"
 
 

@@ -310,7 +310,52 @@ def sections(folder: Path) -> list[str]:
     """Every experiment on record, the smallest model first; plots go to `folder`."""
     found = [lines for file in RESULTS.glob("evidence-*.jsonl") if (lines := read_lines(file))]
     found.sort(key=lambda lines: (lines[-1]["parameters"], lines[-1]["experiment"]))
-    return [INTRODUCTION, *(section(lines, folder) for lines in found)] if found else []
+    pages = []
+    for lines in found:
+        name = lines[0]["experiment"]
+        ranked = read_lines(RESULTS / f"ranking-{name}.jsonl")
+        pages.append(section(lines, folder) + (ranking(ranked) if ranked else ""))
+    return [INTRODUCTION, *pages] if found else []
+
+
+RANKING = """
+Multiple choice: how often the right answer is the likeliest, of at most {questions} questions a task, means over the
+seeds. *Less CLM*: of the mean over the tasks, seed by seed. The standard error of one task's number for one
+model is about {error:.1%}.
+
+    python benchmarks/evidence_ranking.py --size {size}
+
+| arm | {tasks} | mean | less CLM, each seed |
+|---|{rule}---|---|
+{rows}
+"""
+
+
+def ranking(lines: Sequence[Line]) -> str:
+    """The table of what benchmarks/evidence_ranking.py found; beside the models what guessing would give."""
+    found: dict[str, dict[int, list[Line]]] = {}
+    for line in lines:
+        found.setdefault(line["model"], {})[line["seed"]] = line["rows"]
+    tasks = lines[-1]["rows"]
+    base = found.get(BASE, {})
+
+    def mean(rows: Sequence[Line], of: str = "value") -> float:
+        return statistics.fmean(row[of] for row in rows)
+
+    rows = [["guessing", *(f"{row['chance']:.1%}" for row in tasks), f"{mean(tasks, 'chance'):.1%}", "-"]]
+    for model, seeds in found.items():
+        values = [[row["value"] for row in of_seed] for of_seed in seeds.values()]
+        numbers = [statistics.fmean(of_task) for of_task in zip(*values, strict=True)]
+        less = [] if model == BASE else [mean(seeds[seed]) - mean(base[seed]) for seed in sorted(seeds.keys() & base)]
+        rows.append([model, *(f"{n:.1%}" for n in [*numbers, statistics.fmean(numbers)]), _percents(less)])
+    return RANKING.format(
+        questions=lines[-1]["questions"],
+        error=mean(tasks, "stderr"),
+        size=lines[0]["experiment"].removeprefix("evidence-"),
+        tasks=" | ".join(row["title"] for row in tasks),
+        rule="---|" * len(tasks),
+        rows="\n".join(map(_row, rows)),
+    )
 
 
 def write_page(lines: Sequence[Line], folder: Path) -> Path:
@@ -383,6 +428,10 @@ def _mean(values: Sequence[float], digits: int = 4) -> str:
 
 def _signed(values: Sequence[float]) -> str:
     return " ".join(f"{value:+.3f}" for value in values) or "-"
+
+
+def _percents(values: Sequence[float]) -> str:
+    return " ".join(f"{value:+.1%}" for value in values) or "-"
 
 
 def _interval(found: tuple[float, float, float] | None) -> str:

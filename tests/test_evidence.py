@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from evidence import Experiment, Identity, load_experiment
-from evidence_results import at_equal, difference, read_lines, section, to_target
+from evidence_results import at_equal, difference, ranking, read_lines, section, to_target
 
 from conftest import example_records, write_jsonl
 from rho import evaluate, score, train
@@ -239,3 +239,30 @@ def test_the_page_has_every_arm_the_reference_and_the_latest_of_two_runs(tmp_pat
     assert "| random | reached by 0 of 2 |" in page
     assert "| slm | 0.75 | 0.75 | 0.75 | 0.75 |" in page
     assert (tmp_path / "evidence-toy.svg").is_file()
+
+
+def test_the_table_of_rankings_compares_means_over_the_tasks_seed_by_seed():
+    def asked(model: str, seed: int, *values: float) -> dict:
+        rows = [
+            {"title": title, "value": value, "stderr": 0.02, "chance": chance}
+            for title, value, chance in zip(("ARC-E", "PIQA"), values, (0.25, 0.5), strict=True)
+        ]
+        return {"experiment": "evidence-toy", "model": model, "seed": seed, "questions": 500, "rows": rows}
+
+    page = ranking(
+        [
+            asked("clm", 0, 0.3, 0.5),
+            asked("clm", 1, 0.2, 0.6),
+            asked("slm", 0, 0.9, 0.7),  # done again
+            asked("slm", 1, 0.3, 0.5),
+            asked("slm", 0, 0.4, 0.5),
+        ]
+    )
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert rows == [
+        "| arm | ARC-E | PIQA | mean | less CLM, each seed |",
+        "| guessing | 25.0% | 50.0% | 37.5% | - |",
+        "| clm | 25.0% | 55.0% | 40.0% | - |",
+        "| slm | 35.0% | 50.0% | 42.5% | +5.0% +0.0% |",
+    ]
+    assert "about 2.0%" in page and "--size toy" in page

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+import evidence_ranking
 import pytest
 
 import rho.suites
@@ -279,6 +280,17 @@ def test_the_numbers_are_those_of_lm_eval_called_by_hand(lm_eval: Any, data: Pat
             own = json.loads((tmp_path / "out" / f"{task.name}.json").read_text())["results"][task.name]
             assert own == by_hand(lm_eval, task, data, tiny, 3), task.name
             assert rows[task.name]["value"] in own.values()
+
+
+@third_party
+def test_the_evidence_asks_each_ranking_task_once(lm_eval: Any, data: Path, tiny: str, tmp_path: Path) -> None:
+    rows = {row["task"]: row for row in evidence_ranking.ask(Path(tiny), data, tmp_path, 3)}
+    assert {name: row["questions"] for name, row in rows.items()} == {"mathqa": 3, "hellaswag": 3, "winogrande": 2}
+    assert {name: round(row["chance"], 3) for name, row in rows.items()} == {
+        "mathqa": 0.333,
+        "hellaswag": 0.333,
+        "winogrande": 0.5,
+    }
 
 
 @third_party
