@@ -23,9 +23,11 @@ from rho.store import ScoreStore
 from rho.trainer import SelectiveTrainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-pytestmark = [  # of Trainer's defaults on a CPU, and of TRL's own use of Transformers
+pytestmark = [  # of Trainer's defaults on a CPU, and of what TRL and Lightning do themselves
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning"),
 ]
 
 
@@ -90,10 +92,14 @@ def test_the_example_runs_as_its_page_says(
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == Corpus(corpus).vocab_size
 
 
-@pytest.mark.parametrize("name", ["selective_loss", "trainer_mixin", "compute_loss_func", "accelerate_loop"])
+@pytest.mark.parametrize(
+    "name", ["selective_loss", "trainer_mixin", "compute_loss_func", "accelerate_loop", "lightning_module"]
+)
 def test_examples_on_a_scored_corpus_end_with_a_plain_model(
     name: str, corpus: Path, scores: Path, reference: Path, tmp_path: Path
 ) -> None:
+    if name == "lightning_module":
+        pytest.importorskip("lightning")
     load(name).main(str(corpus), str(scores), str(reference / "model"), str(tmp_path))
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (reference / "model", tmp_path))
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -30,8 +31,12 @@ from rho.objective import clm_loss, next_labels, token_loss
 from rho.selection import Selector
 
 HERE = Path(__file__).parent
-# Of TRL and peft:
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
+# Of TRL, peft and Lightning:
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning"),
+]
 NAMES = ("input_ids", "labels", "ref_loss")
 
 
@@ -138,6 +143,21 @@ def by_torchtitan(titan: ModuleType, architecture: dict, rows: list[dict]) -> ca
     return cases.Trained(losses, cases.changes(before, network))
 
 
+def by_lightning(architecture: dict, rows: list[dict]) -> cases.Trained:
+    """Every row in each step: its batch is the whole step's."""
+    lightning = pytest.importorskip("lightning")
+    network, losses = cases.model(architecture), []
+    before = cases.weights(network)
+    sgd = partial(torch.optim.SGD, lr=cases.RATE)
+    module = example("lightning_module").SelectiveModule(network, cases.SELECTOR, sgd)
+    settings = {"accelerator": "cpu", "precision": "64-true", "max_epochs": cases.STEPS, "log_every_n_steps": 1}
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = lightning.Trainer(**settings, **dict.fromkeys(quiet, False))
+    module.on_train_batch_end = lambda outputs, batch, index: losses.append(outputs["loss"].item())
+    trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=8, collate_fn=cases.batch))
+    return cases.Trained(losses, cases.changes(before, network))
+
+
 @pytest.fixture(scope="module")
 def expected(architecture: dict) -> cases.Trained:
     """By the equations alone: logits, Eq. 3, Eq. 5 by sorting, Eq. 4, one batch and autograd."""
@@ -233,6 +253,10 @@ def test_trl_trains_on_what_the_assistant_says_alone(architecture: dict, tmp_pat
     assert all((outputs["selected"] <= outputs["eligible"]).all() for outputs in seen)
 
 
+def test_lightning(architecture: dict, expected: cases.Trained) -> None:
+    check_same(by_lightning(architecture, cases.rows()), expected)
+
+
 def test_torchtitan(architecture: dict, expected: cases.Trained, torchtitan: ModuleType) -> None:
     check_same(by_torchtitan(torchtitan, architecture, [cases.packed(row) for row in cases.rows()]), expected)
 
@@ -310,6 +334,11 @@ def test_trl_refuses_to_train_without_scores(architecture: dict, tmp_path: Path,
     trainer = trl(architecture, tmp_path, [only(row, NAMES[:2]) for row in cases.rows()], processor, packing)
     with pytest.raises(MismatchError, match="needs the reference's ref_loss, found none"):
         trainer.train()
+
+
+def test_lightning_refuses_to_train_without_scores(architecture: dict) -> None:
+    with pytest.raises(ValueError, match="needs the reference's ref_loss, found none"):
+        by_lightning(architecture, [only(row, NAMES[:2]) for row in cases.rows()])
 
 
 def test_torchtitan_refuses_to_train_without_scores(architecture: dict, torchtitan: ModuleType) -> None:

@@ -23,6 +23,7 @@ TESTED = {
     "accelerate": ("1.15.0", "1.15.0"),
     "peft": ("0.21.2", "0.21.2"),
     "trl": ("1.16.0", "1.16.0"),
+    "lightning": ("2.6.6", "2.6.6"),
     "torchtitan": ("0.3.0", "0.3.0"),
 }
 
@@ -68,6 +69,7 @@ def examine(model: str | None = None) -> list[Finding]:
         ("FSDP2 and DDP", "torch", fsdp2),
         ("transformers: Trainer", "transformers", trainer_hooks),
         ("Accelerate", "accelerate", lambda: imported("accelerate")),
+        ("Lightning", "lightning", lambda: imported("lightning")),
         ("LoRA", "peft", lambda: imported("peft")),
         ("TRL: SFTTrainer", "trl", trl_hooks),
         ("torchtitan: loss and data loader", "torchtitan", lambda: imported("rho.integrations.torchtitan")),
