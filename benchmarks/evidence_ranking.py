@@ -40,7 +40,8 @@ def ask(model: Path, questions: Path, out: Path, limit: int) -> list[dict[str, A
         with TemporaryDirectory() as folder:  # what is not in the folder is not asked
             for task in tasks.values():
                 (Path(folder) / task.path).symlink_to((questions / task.path).resolve())
-            made = evaluate_suite(SuiteConfig(suite=suite, limit=limit), [str(model)], out / suite, folder)
+            config = SuiteConfig(suite=suite, limit=limit, max_gen_toks=1)  # nothing is written out
+            made = evaluate_suite(config, [str(model)], out / suite, folder)
         rows |= {row["task"]: {**row, "chance": chance(tasks[row["task"]], questions)} for row in made.facts["rows"]}
     return list(rows.values())
 
