@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,20 @@ def test_prompts_longer_than_the_context_are_counted(
         evaluate_suite(
             SuiteConfig(suite="math"), [str(tmp_path / "short")], tmp_path / "o", data, str(tokenizer_folder)
         )
+
+
+@third_party
+def test_a_choice_longer_than_the_context_leaves_the_task_out(
+    lm_eval: Any, architecture: dict, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    make_model(ModelConfig(architecture=architecture), tokenizer.vocab_size).save_pretrained(tmp_path / "short")
+    write_jsonl(tmp_path / "copa.jsonl", [{**QUIZ[0], "choices": ["20", "many " * 65]}])
+    write_jsonl(tmp_path / "winograd_wsc.jsonl", DATA["winogrande"])
+    config = SuiteConfig(suite="extra", max_gen_toks=1)
+    made = evaluate_suite(config, [str(tmp_path / "short")], tmp_path / "out", tmp_path, str(tokenizer_folder))
+    assert [row["task"] for row in made.facts["rows"]] == ["winograd_wsc"]
+    assert re.fullmatch(r"a choice of \d+ tokens, and the model reads 64 at once", made.facts["missing"]["copa"])
 
 
 def test_no_data_is_an_error(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

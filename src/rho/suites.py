@@ -261,6 +261,9 @@ def evaluate_suite(
                 except OSError as error:
                     missing[task.name] = f"its data could not be had from the Hub ({type(error).__name__})"
                     continue
+                except _TooLong as error:
+                    missing[task.name] = str(error)
+                    continue
                 with atomic_write(path) as file:
                     file.write(json.dumps(results, indent=1, default=str, ensure_ascii=False).encode())
             if path.is_file():
@@ -287,17 +290,28 @@ def _hashes(asked: Mapping[Task, Ask], task_data: str | os.PathLike[str] | None)
     return {"tasks": hash_json(tasks), **{f"data:{path.name}": hash_file(path) for path in paths}}
 
 
+class _TooLong(Exception):
+    """A choice has more tokens than the model reads at once."""
+
+
 def load_lm(model: str, tokenizer: str | None, config: SuiteConfig) -> Any:
     """The model as lm_eval's `HFLM`."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
+
+    class Reader(HFLM):
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            longest = max(len(choice) for _, _, choice in requests)
+            if longest > self.max_length:  # lm_eval only asserts that there is none
+                raise _TooLong(f"a choice of {longest} tokens, and the model reads {self.max_length} at once")
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant so
     source = tokenizer or model_folder(model)
     if Path(source).is_dir() and not (Path(source) / "tokenizer.json").is_file():
         raise ConfigError(f"{source}: no tokenizer.json here. Name the model's tokenizer with --tokenizer.")
     network = make_model(ModelConfig(path=model), 0).to(device()).eval()
-    lm = HFLM(pretrained=network, tokenizer=AutoTokenizer.from_pretrained(source), batch_size=config.batch_size)
+    lm = Reader(pretrained=network, tokenizer=AutoTokenizer.from_pretrained(source), batch_size=config.batch_size)
     longest = config.max_gen_toks or lm.max_gen_toks
     if longest >= lm.max_length:
         raise ConfigError(
