@@ -286,6 +286,22 @@ def test_fsdp2_on_two_processes(fsdp2: tuple[cases.Trained, str], expected: case
     check_same(fsdp2[0], expected)
 
 
+def test_a_resumed_mixin_goes_on_with_its_running_threshold(architecture: dict, tmp_path: Path) -> None:
+    rows, selector = [only(row, NAMES) for row in cases.rows()], Selector("excess", 0.5, "running")
+
+    def trained(steps: int, start: Path | None = None) -> Any:
+        trainer = mixin(architecture, tmp_path, rows, selector=selector)
+        trainer.args.max_steps, trainer.args.save_strategy, trainer.args.save_steps = steps, "steps", 2
+        trainer.train(resume_from_checkpoint=start and str(start))
+        return trainer
+
+    whole = trained(4)
+    cut = trained(4, tmp_path / "checkpoint-2")
+    assert cut._threshold == whole._threshold and cut._threshold.value is not None
+    for (name, a), b in zip(whole.model.named_parameters(), cut.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_lora_through_the_mixin_reaches_the_adapters_alone(architecture: dict, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

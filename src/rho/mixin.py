@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -89,6 +90,9 @@ class SelectiveMixin:
         without gradients, and go on with their masks.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        kept = self.state.stateful_callbacks.get(SelectiveMixin.__name__)
+        if self._threshold.value is None and kept is not None:  # of the checkpoint that this run goes on from
+            self._threshold = RunningThreshold(**kept)
         active = self.selector.at(self.state.global_step)
         batches = [self._unpacked(batch) for batch in batches]
         if self.reference is not None:
@@ -258,6 +262,8 @@ class SelectiveMixin:
             ratio = self.selector.at(self.state.global_step).ratio
             realised = ratio * float(self.total(step.selected) / step.asked)
             self._threshold.follow(torch.cat(step.scores), ratio, realised, all_gather)
+            # What stands there is saved in the trainer's checkpoints, and read back with them.
+            self.state.stateful_callbacks[SelectiveMixin.__name__] = asdict(self._threshold)
 
     def selection_record(self) -> dict[str, Any]:
         """What selection did since the last record, over all ranks; empty if nothing was trained on since."""

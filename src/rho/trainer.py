@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -25,7 +24,7 @@ from rho.mixin import SelectiveMixin
 from rho.models import plain
 from rho.progress import say
 from rho.references.scorer import Scorer
-from rho.selection import Cut, RunningThreshold, Selector
+from rho.selection import Cut, Selector
 from rho.stats import SelectionStats
 
 COMPARE_EVERY = 100  # optimizer steps between two looks at what a filtered backward loses: each costs two backwards
@@ -151,7 +150,7 @@ class SelectiveTrainer(SelectiveMixin, DurableTrainer):
         super().log(logs, start_time)
 
     def own_state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the state of `Trainer`: counts, also those not logged yet, and threshold."""
+        """What a resumed run needs beside the state of `Trainer`: counts, also those not logged yet."""
         sums = self.accelerator.reduce(self._stats.sums(), "sum").tolist() if self._stats else []
         tokens, _, selected = sums[:3] if sums else (0, 0, 0)
         return {
@@ -161,7 +160,6 @@ class SelectiveTrainer(SelectiveMixin, DurableTrainer):
             "not_logged": sums,
             "skipped": self._skipped,
             "compared": self._compared,
-            "threshold": dataclasses.asdict(self._threshold),
         }
 
     def save_own(self, folder: Path) -> None:
@@ -174,7 +172,7 @@ class SelectiveTrainer(SelectiveMixin, DurableTrainer):
         if self.history is not None:
             self.history.load(checkpoint)
         self._seen, self._skipped = dict(state["logged"]), state["skipped"]
-        self._threshold, self._compared = RunningThreshold(**state["threshold"]), state["compared"]
+        self._compared = state["compared"]
         if state["not_logged"]:
             sums = torch.tensor(state["not_logged"], dtype=torch.float64, device=self.args.device)
             self._stats.go_on(sums if self.is_world_process_zero() else torch.zeros_like(sums))
