@@ -33,7 +33,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from evidence_results import RESULTS, read_lines, write_page
+from evidence_page import RECIPES, write_page
+from evidence_results import RESULTS, read_lines
 from filelock import FileLock
 from pydantic import BaseModel
 
@@ -50,7 +51,6 @@ from rho.sources import source_hashes
 from rho.tokenizer import Tokenizer
 from rho.train import DEFAULT_ARGUMENTS
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 DATA = "../shared/data"  # in the recipes
 UNIT = 2048  # tokens of held-out text whose losses are kept as one sum: what the bootstrap draws
 WALL = torch.accelerator.is_available()

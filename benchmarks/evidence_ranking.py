@@ -17,7 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
-from evidence import DATA, RECIPES, Identity, is_complete, load_experiment
+from evidence import DATA, Identity, is_complete, load_experiment
+from evidence_page import RECIPES
 from evidence_results import RESULTS, read_lines
 
 from rho.pipeline import Pipeline

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evidence_results import sections as evidence_sections
+from evidence_page import sections as evidence_sections
 from sft_results import sft_section
 
 HERE = Path(__file__).parent

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from evidence import Experiment, Identity, load_experiment
-from evidence_results import at_equal, difference, ranking, read_lines, section, to_target
+from evidence_page import ranking, section
+from evidence_results import at_equal, difference, read_lines, to_target
 
 from conftest import example_records, write_jsonl
 from rho import evaluate, score, train

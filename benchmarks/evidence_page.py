@@ -1,0 +1,332 @@
+"""The evidence as a page: tables and plots of the JSON lines that benchmarks/evidence.py wrote, and of nothing else."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+from evidence_results import (
+    BASE,
+    RESULTS,
+    Line,
+    Runs,
+    at_equal,
+    difference,
+    each_seed,
+    losses,
+    read_lines,
+    to_target,
+)
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from rho.report.plots import COLOURS, STYLE
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+PAGE = """## {title}
+
+{about}{parameters:.3g} M parameters, {tokens:.3g} M tokens a run, seeds {seeds}; the arms of a seed start from the same
+weights. Losses are nats a token on `test` ({tests}: their tokens together) at equal tokens processed.
+*Less CLM* is the mean difference over the seeds, with its 95 % interval over held-out text (paired bootstrap). An arm
+with fewer values under *each seed* was not run with the other seeds yet. A reference is trained once; what it loses
+itself stands below the arms.
+
+    {command}
+
+| arm | test | less CLM | each seed | less random, each seed | {others} | selected |
+|---|---|---|---|---|{rule}---|
+{main}
+
+By set, means over the seeds:
+
+| arm | {sets} |
+|---|{set_rule}
+{by_set}
+
+What it takes to come down to CLM's final loss on `{target}` (other documents of the same sources), as shares of what
+CLM of the same seed took, interpolated between checkpoints, means over the seeds. Seconds are {clock} ({devices}); *all
+counted* adds training and scoring of the references that an arm uses ({spent}). On the right the
+loss on `{target}` less CLM's: at as many tokens trained on (of a CLM whose learning rate has not yet come down), at
+CLM's seconds of training, and at CLM's seconds with all counted.
+
+| arm | tokens | of them selected | seconds | all counted | equal selected | equal seconds | all counted |
+|---|---|---|---|---|---|---|---|
+{costs}
+
+| goal, of the arms that select by excess loss | asked | found |
+|---|---|---|
+{goals}
+
+Loss on `{target}` along the way, means over the seeds, by million tokens:
+
+![Loss on the target along the way, and differences from CLM]({plot})
+
+| arm | {steps} |
+|---|{step_rule}
+{curves}
+
+Trained on {hashes}.
+"""
+
+
+def section(lines: Sequence[Line], folder: Path, title: str | None = None) -> str:
+    """The tables of one experiment as Markdown; its plot is written to `folder`."""
+    runs = Runs(lines)
+    models = [*runs.arms, *runs.references]
+    everything = [run for model in models for run in runs.of(model)]
+    sets = [*runs.tests, *runs.others]
+    sizes = {name: int(sum(runs.first["units"][name]["tokens"])) for name in runs.tests}
+    columns = [f"{tokens / 1e6:.3g}" for tokens in runs.first["curve"]["tokens"]]
+    draw(runs, folder / f"{runs.name}.svg")
+    return PAGE.format(
+        title=title or runs.name,
+        about=about(RECIPES / f"{runs.name}.yaml"),
+        parameters=runs.first["parameters"] / 1e6,
+        tokens=runs.first["train_tokens"] / 1e6,
+        seeds=", ".join(map(str, runs.first["seeds"])),
+        tests=", ".join(f"{name} {size:,} tokens" for name, size in sizes.items()),
+        target=runs.first["target"],
+        command=f"python benchmarks/evidence.py --size {runs.name.removeprefix('evidence-')}",
+        others=" | ".join(f"`{name}`, less CLM" for name in runs.others),
+        rule="---|" * len(runs.others),
+        main="\n".join(_row(main_cells(runs, model)) for model in models),
+        sets=" | ".join(sets),
+        set_rule="---|" * len(sets),
+        by_set="\n".join(_row([m, *(_mean(losses(runs, m, [name])) for name in sets)]) for m in models),
+        clock=runs.first["clock"],
+        devices=", ".join(sorted({device(run) for run in everything})),
+        spent=spent(everything),
+        costs="\n".join(_row(cost_cells(runs, model)) for model in runs.arms if model != BASE),
+        goals="\n".join(_row(cells) for cells in goals(runs)),
+        plot=f"{runs.name}.svg",
+        steps=" | ".join(columns),
+        step_rule="---|" * len(columns),
+        curves="\n".join(_row([m, *curve_cells(runs, m)]) for m in models if has_curve(runs, m)),
+        hashes=", ".join(f"{name} {value[:12]}" for name, value in sorted(hashes(everything).items())),
+    )
+
+
+def about(recipe: Path) -> str:
+    """What the first paragraph of a recipe's comment says that it is, as a paragraph; nothing without a recipe."""
+    lines = recipe.read_text().splitlines() if recipe.is_file() else []
+    said = [line.removeprefix("# ") for line in takewhile(lambda line: re.match(r"# \S", line), lines)]
+    return "\n".join([*said, "", ""]) if said else ""
+
+
+def device(run: Line) -> str:
+    """What a run was made on."""
+    threads = run["environment"]["threads"]
+    return run["environment"]["device"] + (f", {threads} thread{'s' * (threads > 1)}" if "CPU" in run["clock"] else "")
+
+
+def spent(runs: Iterable[Line]) -> str:
+    """Seconds of the references."""
+    training: dict[str, float] = {}
+    scoring: dict[str, float] = {}
+    for run in runs:
+        training |= run.get("reference_seconds", {})
+        scoring |= run.get("scoring_seconds", {})
+    words = [f"{name} {training[name]:.0f} s and {scoring[name]:.0f} s" for name in training]
+    return ", ".join(words) or "none yet"
+
+
+def hashes(runs: Iterable[Line]) -> dict[str, str]:
+    """Content hashes of what the arms were trained on."""
+    found: dict[str, str] = {}
+    for run in runs:
+        corpus = run["settings"].get("corpus", "the noisy corpus")
+        found |= {corpus: run["hashes"]["corpus"]}
+        found |= {
+            key.replace("scores:", "scores by "): v for key, v in run["hashes"].items() if key.startswith("scores:")
+        }
+    return found
+
+
+def has_curve(runs: Runs, model: str) -> bool:
+    """Whether a model was evaluated at as many tokens as the first one."""
+    curves = [run["curve"]["tokens"] for run in runs.of(model)]
+    return all(curve == runs.first["curve"]["tokens"] for curve in curves)
+
+
+def curve_cells(runs: Runs, model: str) -> list[str]:
+    """Losses along the way, means over the seeds."""
+    curves = [run["curve"]["loss"] for run in runs.of(model)]
+    return [_mean(values) for values in zip(*curves, strict=True)]
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """Curves of the first arms (the mean over the seeds, thin lines each seed), and every arm's difference from CLM."""
+    others = [model for model in runs.arms if model != BASE]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.2, max(3.2, 0.22 * len(others) + 1)), layout="constrained")
+        FigureCanvasSVG(figure)
+        curves, dots = figure.subplots(1, 2, width_ratios=[3, 2])
+        shown = [model for model in runs.arms if has_curve(runs, model)]
+        for model, colour in zip(shown, COLOURS, strict=False):
+            found = [run["curve"] for run in runs.of(model)]
+            curves.plot(found[0]["tokens"], np.mean([one["loss"] for one in found], 0), color=colour, label=model)
+            for one in found:
+                curves.plot(one["tokens"], one["loss"], color=colour, linewidth=0.5, alpha=0.6)
+        curves.set(xlabel="tokens processed", ylabel=f"loss on {runs.first['target']}")
+        curves.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if shown:
+            curves.legend(frameon=False, fontsize=7)
+        for row, model in enumerate(others):
+            values = each_seed(runs.pairs(model, BASE), runs.tests)
+            dots.plot(values, [row] * len(values), "o", color=COLOURS[0], markersize=3)
+        dots.axvline(0, color="#222222", linewidth=1)
+        dots.set_yticks(range(len(others)), others, fontsize=7)
+        dots.invert_yaxis()
+        dots.set(xlabel="loss on test less CLM's, a dot each seed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+
+INTRODUCTION = """## The evidence
+
+Selective training against plain training on real text: mathematics hidden in web-like text, with a reference that read
+clean mathematics (3.2 M tokens; the noisy corpus has 25.7 M). Beside the paper's arms stand the controls that it leaves
+out: tokens selected at random, plain training on curated and noisy text together (`clm-mixed`, one token in nine is
+curated), plain training that ends with curated text (`clm-then-curated`, whose additional tokens count), and the
+reference's own loss. What each arm is: the recipe. A number in a name is its ratio.
+What was learned, also where the controls win, and what is not run yet: [log.md](log.md).
+"""
+
+
+def sections(folder: Path) -> list[str]:
+    """Every experiment on record, the smallest model first; plots go to `folder`."""
+    found = [lines for file in RESULTS.glob("evidence-*.jsonl") if (lines := read_lines(file))]
+    found.sort(key=lambda lines: (lines[-1]["parameters"], lines[-1]["experiment"]))
+    pages = []
+    for lines in found:
+        name = lines[0]["experiment"]
+        ranked = read_lines(RESULTS / f"ranking-{name}.jsonl")
+        pages.append(section(lines, folder) + (ranking(ranked) if ranked else ""))
+    return [INTRODUCTION, *pages] if found else []
+
+
+RANKING = """
+Multiple choice: how often the right answer is the likeliest, of at most {questions} questions a task, means over the
+seeds. *Less CLM*: of the mean over the tasks, seed by seed. The standard error of one task's number for one
+model is about {error:.1%}.
+
+    python benchmarks/evidence_ranking.py --size {size}
+
+| arm | {tasks} | mean | less CLM, each seed |
+|---|{rule}---|---|
+{rows}
+"""
+
+
+def ranking(lines: Sequence[Line]) -> str:
+    """The table of what benchmarks/evidence_ranking.py found; beside the models what guessing would give."""
+    found: dict[str, dict[int, list[Line]]] = {}
+    for line in lines:
+        found.setdefault(line["model"], {})[line["seed"]] = line["rows"]
+    tasks = lines[-1]["rows"]
+    base = found.get(BASE, {})
+
+    def mean(rows: Sequence[Line], of: str = "value") -> float:
+        return statistics.fmean(row[of] for row in rows)
+
+    rows = [["guessing", *(f"{row['chance']:.1%}" for row in tasks), f"{mean(tasks, 'chance'):.1%}", "-"]]
+    for model, seeds in found.items():
+        values = [[row["value"] for row in of_seed] for of_seed in seeds.values()]
+        numbers = [statistics.fmean(of_task) for of_task in zip(*values, strict=True)]
+        less = [] if model == BASE else [mean(seeds[seed]) - mean(base[seed]) for seed in sorted(seeds.keys() & base)]
+        rows.append([model, *(f"{n:.1%}" for n in [*numbers, statistics.fmean(numbers)]), _percents(less)])
+    return RANKING.format(
+        questions=lines[-1]["questions"],
+        error=mean(tasks, "stderr"),
+        size=lines[0]["experiment"].removeprefix("evidence-"),
+        tasks=" | ".join(row["title"] for row in tasks),
+        rule="---|" * len(tasks),
+        rows="\n".join(map(_row, rows)),
+    )
+
+
+def write_page(lines: Sequence[Line], folder: Path) -> Path:
+    """The tables of one experiment as a file beside its plot."""
+    page = folder / "evidence.md"
+    text = section(lines, folder)
+    page.write_text(text)
+    return page
+
+
+def main_cells(runs: Runs, model: str) -> list[str]:
+    """A row of the main table."""
+    test = runs.tests
+    pairs, random = runs.pairs(model, BASE), runs.pairs(model, runs.random)
+    to_base = [] if model == BASE else pairs
+    return [
+        model,
+        _mean(losses(runs, model, test)),
+        _interval(difference(to_base, test)),
+        _signed(each_seed(to_base, test)),
+        _signed(each_seed(random, test) if model not in (BASE, runs.random) else []),
+        *(_interval(difference(to_base, [name])) for name in runs.others),
+        f"{statistics.fmean(run['ratio'] for run in runs.of(model)):.0%}",
+    ]
+
+
+def cost_cells(runs: Runs, model: str) -> list[str]:
+    """A row of the table of costs."""
+    pairs = runs.pairs(model, BASE)
+    reached = [found for run, base in pairs if (found := to_target(run, base)) is not None]
+    if len(reached) == len(pairs) > 0:
+        shares = [_mean([one[what] for one in reached], 2) for what in ("tokens", "selected", "seconds", "all")]
+    else:
+        shares = [f"reached by {len(reached)} of {len(pairs)}", "", "", ""]
+    equal = [at_equal(run, base) for run, base in pairs]
+    differences = [
+        _signed([statistics.fmean(one[what] for one in equal)]) if all(one[what] is not None for one in equal) else "-"
+        for what in ("selected", "seconds", "all")
+    ]
+    return [model, *shares, *differences]
+
+
+def goals(runs: Runs) -> Iterator[list[str]]:
+    """What selection by excess loss was to reach, and what it did: the best of its arms."""
+    departs = ("score", "corpus", "after")
+    plain = [arm for arm in runs.arms if arm != BASE and not any(key in runs.of(arm)[0]["settings"] for key in departs)]
+    for base, called in ((BASE, "CLM"), (runs.random, "random")):
+        pairs = {arm: each_seed(runs.pairs(arm, base), runs.tests) for arm in plain}
+        below = [arm for arm, found in pairs.items() if found and max(found) < 0]
+        yield [f"`test` loss below {called}'s for every seed", "all arms", f"{len(below)} of {len(pairs)} arms"]
+    for what, words, asked in (("tokens", "tokens", "0.5"), ("all", "seconds, all counted,", "1")):
+        reached = {arm: [to_target(run, base) for run, base in runs.pairs(arm, BASE)] for arm in plain}
+        means = {
+            arm: statistics.fmean(one[what] for one in found if one is not None)
+            for arm, found in reached.items()
+            if found and None not in found
+        }
+        best = min(means, key=means.__getitem__, default=None)
+        found = "by none" if best is None else f"{means[best]:.2f} ({best})"
+        yield [f"share of CLM's {words} to its final loss", f"at most {asked}", found]
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _mean(values: Sequence[float], digits: int = 4) -> str:
+    return f"{statistics.fmean(values):.{digits}f}" if values else "-"
+
+
+def _signed(values: Sequence[float]) -> str:
+    return " ".join(f"{value:+.3f}" for value in values) or "-"
+
+
+def _percents(values: Sequence[float]) -> str:
+    return " ".join(f"{value:+.1%}" for value in values) or "-"
+
+
+def _interval(found: tuple[float, float, float] | None) -> str:
+    return "-" if found is None else f"{found[0]:+.4f} ({found[1]:+.4f} to {found[2]:+.4f})"
