@@ -17,6 +17,7 @@ from evidence_results import (
     at_equal,
     difference,
     each_seed,
+    loss,
     losses,
     read_lines,
     to_target,
@@ -44,7 +45,7 @@ itself stands below the arms.
 |---|---|---|---|---|{rule}---|
 {main}
 
-By set, means over the seeds:
+{side_by_side}By set, means over the seeds:
 
 | arm | {sets} |
 |---|{set_rule}
@@ -97,6 +98,7 @@ def section(lines: Sequence[Line], folder: Path, title: str | None = None) -> st
         others=" | ".join(f"`{name}`, less CLM" for name in runs.others),
         rule="---|" * len(runs.others),
         main="\n".join(_row(main_cells(runs, model)) for model in models),
+        side_by_side=side_by_side(runs),
         sets=" | ".join(sets),
         set_rule="---|" * len(sets),
         by_set="\n".join(_row([m, *(_mean(losses(runs, m, [name])) for name in sets)]) for m in models),
@@ -111,6 +113,47 @@ def section(lines: Sequence[Line], folder: Path, title: str | None = None) -> st
         curves="\n".join(_row([m, *curve_cells(runs, m)]) for m in models if has_curve(runs, m)),
         hashes=", ".join(f"{name} {value[:12]}" for name, value in sorted(hashes(everything).items())),
     )
+
+
+# Arms that differ in one setting.
+SETTINGS = {
+    "share of each sequence": ["slm-08", "slm-07", "slm-06", "slm-05", "slm-03"],
+    "share of the step": ["slm-06-step", "slm-04-step", "slm-03-step", "slm-02-step"],
+    "what is ranked together": ["slm-06", "slm-06-batch", "slm-06-running", "slm-06-step"],
+    "score": ["slm-06", "highest-loss-06", "low-reference-loss-07", "low-entropy-07", "low-both-07", "random-06"],
+    "weights": ["slm-06", "soft", "retention"],
+    "share over time": ["slm-03", "slm-warm-up"],
+    "reference": ["slm-06", "slm-06-brief", "slm-06-weak", "slm-06-cheap", "slm-06-two"],
+    "reference, 0.4 of the step": ["slm-04-step", "slm-04-step-cheap", "slm-04-step-online"],
+    "curated text as well": ["clm-mixed", "clm-then-curated", "slm-06-then-curated"],
+}
+
+SIDE_BY_SIDE = """Arms that differ in one thing, their `test` loss less CLM's; means over the seeds that all arms of a line have.
+
+| | less CLM |
+|---|---|
+{rows}
+
+"""
+
+
+def side_by_side(runs: Runs) -> str:
+    """The table of the settings of which two arms or more were run; nothing where there is none."""
+    rows = []
+    for setting, wanted in SETTINGS.items():
+        arms = [arm for arm in wanted if arm in runs.lines]
+        seeds = set.intersection(*(set(runs.lines[arm]) for arm in [BASE, *arms])) if BASE in runs.lines else set()
+        if len(arms) < 2 or not seeds:
+            continue
+        less = {
+            arm: statistics.fmean(
+                loss(runs.lines[arm][seed], runs.tests) - loss(runs.lines[BASE][seed], runs.tests) for seed in seeds
+            )
+            for arm in arms
+        }
+        count = f" ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+        rows.append([setting + count, ", ".join(f"{arm} {value:+.3f}" for arm, value in less.items())])
+    return SIDE_BY_SIDE.format(rows="\n".join(map(_row, rows))) if rows else ""
 
 
 def about(recipe: Path) -> str:

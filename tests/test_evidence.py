@@ -242,6 +242,19 @@ def test_the_page_has_every_arm_the_reference_and_the_latest_of_two_runs(tmp_pat
     assert (tmp_path / "evidence-toy.svg").is_file()
 
 
+def test_settings_stand_side_by_side_over_the_seeds_that_their_arms_share(tmp_path):
+    lines = [run("clm", seed, [5.0 + seed]) for seed in (0, 1, 2)]
+    lines += [run("slm-06", seed, [4.0]) for seed in (0, 1, 2)]
+    assert "Arms that differ" not in section(lines, tmp_path)
+    lines += [run("slm-05", seed, [3.0]) for seed in (0, 1)]
+    lines += [run("soft", 2, [3.0])]
+    rows = [row for row in section(lines, tmp_path).splitlines() if "seeds) |" in row or "seed) |" in row]
+    assert rows == [
+        "| share of each sequence (2 seeds) | slm-06 -1.500, slm-05 -2.500 |",
+        "| weights (1 seed) | slm-06 -3.000, soft -4.000 |",
+    ]
+
+
 def test_the_table_of_rankings_compares_means_over_the_tasks_seed_by_seed():
     def asked(model: str, seed: int, *values: float) -> dict:
         rows = [
