@@ -128,7 +128,7 @@ SETTINGS = {
     "curated text as well": ["clm-mixed", "clm-then-curated", "slm-06-then-curated"],
 }
 
-SIDE_BY_SIDE = """Arms that differ in one thing, their `test` loss less CLM's; means over the seeds that all arms of a line have.
+SIDE_BY_SIDE = """Arms that differ in one thing: `test` loss less CLM's, means over the seeds that all of a line have.
 
 | | less CLM |
 |---|---|
