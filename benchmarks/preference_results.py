@@ -10,9 +10,9 @@ PREFERENCE = """## Preference pairs whose key tokens are known
 
 Synthetic pairs ([what is trained](preference.md)): {facts} facts an answer, right ones in the chosen, common errors in
 the rejected; between them {least} to {most} words that say nothing, drawn alike for both. Selected are {ratio:.0%} of
-an answer's tokens, by an oracle of half the model's width that was trained with DPO for {oracle_steps} steps of
-{oracle_pairs} other pairs. On pairs that it was not trained on, so many of the selected tokens are key (and so many of
-the key tokens selected):
+an answer's tokens, about the share of key tokens, by an oracle of half the model's width that was trained with DPO for
+{oracle_steps} steps of {oracle_pairs} pairs of its own. On other pairs, so many of the selected tokens
+are key (and so many of the key tokens selected):
 
 | | {seeds} |
 |---|{ruler}
@@ -82,17 +82,15 @@ def spread(values: Sequence[float]) -> str:
 
 
 def verdict(curves: dict[str, list[Curve]]) -> str:
-    """From where to where every seed of an arm is above plain DPO, and what it is at the end."""
+    """By how much each seed's mean over training differs from plain DPO's, and how often an arm is above it."""
     plain, said = curves["dpo"], []
     for arm, found in curves.items():
         if arm == "dpo":
             continue
-        above = [p for p in plain[0] if all(one[p] > other[p] for one, other in zip(found, plain, strict=True))]
-        below = [p for p in plain[0] if all(one[p] < other[p] for one, other in zip(found, plain, strict=True))]
-        said.append(f"`{arm}` {listed(above)}, below it {listed(below)}")
-    return f"With every seed above plain DPO (`dpo`): {'; '.join(said)}."
-
-
-def listed(points: Sequence[str]) -> str:
-    """Numbers of updates in words."""
-    return f"after {', '.join(points)} updates" if points else "never"
+        pairs = list(zip(found, plain, strict=True))
+        gains = ", ".join(f"{mean(one.values()) - mean(other.values()):+.3f}" for one, other in pairs)
+        above, below = (
+            sum(sign * one[point] > sign * other[point] for one, other in pairs for point in other) for sign in (1, -1)
+        )
+        said.append(f"- `{arm}`: {gains}; above it at {above} of {sum(map(len, plain))} measurements, below at {below}")
+    return "Mean over training less that of plain DPO (`dpo`), seed by seed:\n\n" + "\n".join(said)
