@@ -64,7 +64,7 @@ def without(rows: list[dict], *names: str) -> list[dict]:
 
 def trainer(architecture: dict, out: Path, processor: Any, rows: list[dict], **settings: Any) -> Any:
     """Over all pairs in each step, so that their order is of no matter; the reference is another model."""
-    own = ("selector", "reference_free", "eval_dataset", "kind", "ref_model")
+    own = ("selector", "reference_free", "eval_dataset", "kind", "ref_model", "peft_config")
     others = {name: settings.pop(name) for name in list(settings) if name in own}
     kind = others.pop("kind", SelectiveDPOTrainer)
     if kind is SelectiveDPOTrainer:
@@ -189,6 +189,18 @@ def test_without_a_reference_none_is_loaded(architecture: dict, tmp_path: Path, 
         logp.append(-float(token_loss(logits, labels).nanmean()))
     expected = torch.nn.functional.softplus(torch.tensor(0.5 * (logp[1] - logp[0])))
     assert report["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("sepo", [False, True])
+def test_adapters_alone_are_trained_also_without_a_reference(
+    architecture: dict, tmp_path: Path, processor: Any, sepo: bool
+) -> None:
+    peft = pytest.importorskip("peft")
+    settings: dict[str, Any] = {"reference_free": True, "loss_type": "sigmoid_norm"} if sepo else {"ref_model": None}
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    found = trainer(architecture, tmp_path, processor, pairs(), peft_config=lora, **settings)
+    changed = {name for name, change in cases.by_trainer(found).changes.items() if bool(change.any())}
+    assert changed and all("lora_" in name for name in changed)
 
 
 # --- what is selected --------------------------------------------------------------------------------------------
