@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,7 +66,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         if reference_free:
             self.precompute_ref_logps, self.ref_model = False, _no_reference
         if selector.selective:
-            self.data_collator = _with_rewards(self.data_collator)
+            self.data_collator = partial(_with_rewards, self.data_collator)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         return dataset if self.reference_free else super()._precompute_ref_logps(dataset, name, batch_size)
@@ -120,26 +121,22 @@ def tokenised_pairs(rows: Any, tokenizer: Any, args: DPOConfig) -> Any:
     return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, args, "train")
 
 
-def _with_rewards(collator: Any) -> Any:
-    """The collator, with `rewards` BT beside its `input_ids` BT where the rows have them."""
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = collator(rows)
-        if not all(name in row for row in rows for name in REWARDS):
-            return batch
-        for row in rows:
-            found = [(len(row[ids]), len(row[rewards])) for ids, rewards in zip(IDS[1:], REWARDS, strict=True)]
-            if any(tokens != numbers for tokens, numbers in found):
-                raise MismatchError(f"expected a reward for each token, found tokens and rewards {found} of a pair.")
-        # Rewards in the place of ids go through the collator a second time: cut and padded as the ids are.
-        nothing = [[float("nan")] * len(row["prompt_ids"]) for row in rows]
-        instead = [
-            dict(zip(IDS, (prompt, *(row[name] for name in REWARDS)), strict=True))
-            for prompt, row in zip(nothing, rows, strict=True)
-        ]
-        return {**batch, "rewards": collator(instead)["input_ids"]}
-
-    return collate
+def _with_rewards(collator: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the collator makes of the rows, with `rewards` BT beside its `input_ids` BT where the rows have them."""
+    batch = collator(rows)
+    if not all(name in row for row in rows for name in REWARDS):
+        return batch
+    for row in rows:
+        found = [(len(row[ids]), len(row[rewards])) for ids, rewards in zip(IDS[1:], REWARDS, strict=True)]
+        if any(tokens != numbers for tokens, numbers in found):
+            raise MismatchError(f"expected a reward for each token, found tokens and rewards {found} of a pair.")
+    # Rewards in the place of ids go through the collator a second time: cut and padded as the ids are.
+    nothing = [[float("nan")] * len(row["prompt_ids"]) for row in rows]
+    instead = [
+        dict(zip(IDS, (prompt, *(row[name] for name in REWARDS)), strict=True))
+        for prompt, row in zip(nothing, rows, strict=True)
+    ]
+    return {**batch, "rewards": collator(instead)["input_ids"]}
 
 
 def _no_reference(input_ids: Tensor, **_: Any) -> SimpleNamespace:
