@@ -16,7 +16,7 @@ test-eval: .venv/ready
 	$(BIN)/python -m pytest tests/test_suites.py
 
 # Where rho meets Transformers, with the newest and the oldest version that it is for.
-MATRIX := tests/test_integrations.py tests/test_examples.py tests/test_labels.py tests/test_doctor.py tests/test_trainer.py
+MATRIX := tests/test_integrations.py tests/test_preference.py tests/test_examples.py tests/test_labels.py tests/test_doctor.py tests/test_trainer.py
 
 test-matrix: .venv/ready .venv-oldest/ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(MATRIX)

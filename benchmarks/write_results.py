@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence_page import sections as evidence_sections
+from preference_results import preference_section
 from sft_results import sft_section
 
 HERE = Path(__file__).parent
@@ -412,6 +413,9 @@ def main() -> None:
     sft = HERE / "results" / "sft.json"
     if sft.is_file():
         sections.append(sft_section(json.loads(sft.read_bytes())))
+    preference = HERE / "results" / "preference.jsonl"
+    if preference.is_file():
+        sections.append(preference_section([json.loads(line) for line in preference.read_text().splitlines()]))
     growth = HERE / "results" / "growth.json"
     if growth.is_file():
         sections.append(growth_section(json.loads(growth.read_bytes())))

@@ -55,6 +55,10 @@ def test_trainers_of_other_versions_are_found_out(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(trl.SFTTrainer, "_prepare_dataset", lambda self, dataset: dataset)
     with pytest.raises(RhoError, match="_prepare_dataset takes self, dataset"):
         rho.doctor.trl_hooks()
+    assert rho.doctor.dpo_hooks() == ""
+    monkeypatch.setattr(trl.DPOTrainer, "_precompute_ref_logps", lambda self, dataset: dataset)
+    with pytest.raises(RhoError, match="_precompute_ref_logps takes self, dataset"):
+        rho.doctor.dpo_hooks()
 
 
 def test_a_model_is_examined_and_what_its_head_has_is_named(architecture: dict, tmp_path: Path) -> None:

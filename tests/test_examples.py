@@ -25,7 +25,7 @@ from rho.trainer import SelectiveTrainer
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytestmark = [  # of Trainer's defaults on a CPU, and of what TRL and Lightning do themselves
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_disable|_enable)?` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning"),
 ]
@@ -132,6 +132,26 @@ def test_the_trl_example_runs(reference: Path, tokenizer_folder: Path, tmp_path:
     model = str(tmp_path / "model")
     load("trl_sft").main(str(tmp_path / "rows.jsonl"), str(reference / "model"), model, str(tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_preference_example_runs(reference: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    model = AutoModelForCausalLM.from_pretrained(reference / "model")
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.1)  # in the place of a training with DPO
+    model.save_pretrained(tmp_path / "oracle")
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "model")
+    pair = {
+        "prompt": "Selection keeps",
+        "chosen": " what the reference finds easier.",
+        "rejected": " every token there is.",
+    }
+    (tmp_path / "rows.jsonl").write_text((json.dumps(pair) + "\n") * 4)
+    places = [str(tmp_path / name) for name in ("rows.jsonl", "oracle", "model", "model", "out")]
+    load("trl_dpo").main(*places)
+    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "out"))
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
 def test_the_fsdp2_example_runs_on_two_processes(corpus: Path, scores: Path, reference: Path, tmp_path: Path) -> None:

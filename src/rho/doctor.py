@@ -72,6 +72,7 @@ def examine(model: str | None = None) -> list[Finding]:
         ("Lightning", "lightning", lambda: imported("lightning")),
         ("LoRA", "peft", lambda: imported("peft")),
         ("TRL: SFTTrainer", "trl", trl_hooks),
+        ("TRL: DPOTrainer", "trl", dpo_hooks),
         ("torchtitan: loss and data loader", "torchtitan", lambda: imported("rho.integrations.torchtitan")),
     ]
     found = [tried(what, package, probe) for what, package, probe in integrations]
@@ -152,6 +153,22 @@ def trl_hooks() -> str:
     expected = ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"]
     if (found := list(inspect.signature(SFTTrainer._prepare_dataset).parameters)) != expected:
         raise RhoError(f"its SFTTrainer._prepare_dataset takes {', '.join(found)}. Install the tested version.")
+    return ""
+
+
+def dpo_hooks() -> str:
+    """Whether `DPOTrainer` makes its loss from what it did when it was tested."""
+    from trl import DPOTrainer
+
+    imported("rho.integrations.trl_dpo")
+    expected = {
+        "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+        "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
+        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    }
+    for name, arguments in expected.items():
+        if (found := list(inspect.signature(getattr(DPOTrainer, name)).parameters)) != arguments:
+            raise RhoError(f"its DPOTrainer.{name} takes {', '.join(found)}. Install the tested version.")
     return ""
 
 
