@@ -317,6 +317,30 @@ def test_lora_through_the_mixin_reaches_the_adapters_alone(architecture: dict, t
     assert changed and all("lora_" in name for name in changed)
 
 
+@pytest.mark.parametrize("way", ["mixin", "compute_loss_func", "plain_loop"])
+@pytest.mark.parametrize("selector", [Selector(), Selector("loss", 0.6)], ids=("all", "loss"))
+def test_labels_of_first_tokens_change_nothing(
+    architecture: dict, tmp_path: Path, way: str, selector: Selector
+) -> None:
+    """Transformers' own collators leave them in: `labels` is a copy of `input_ids`."""
+
+    def trained(rows: list[dict]) -> list[float]:
+        if way == "mixin":
+            trainer = mixin(architecture, tmp_path, rows, selector=selector)
+            return [*cases.by_trainer(trainer).losses, trainer.evaluate(trainer.train_dataset)["eval_loss"]]
+        network, batch = cases.model(architecture), cases.batch(rows)
+        if way == "compute_loss_func":
+            return [LabelLoss(selector)(network(input_ids=batch["input_ids"]), batch["labels"]).item()]
+        hidden = network.base_model(batch["input_ids"]).last_hidden_state
+        total = rho.count_selected(batch["labels"], None, selector)
+        out = rho.selective_loss(hidden, network.lm_head.weight, batch["labels"], None, selector, num_selected=total)
+        return [out.loss.item(), float(total)]
+
+    rows = [only(row, NAMES[:2]) for row in cases.rows()]
+    ordinary = [{**row, "labels": row["input_ids"][:1] + row["labels"][1:]} for row in rows]
+    assert trained(ordinary) == trained(rows)
+
+
 # --- without scores ----------------------------------------------------------------------------------------------
 
 

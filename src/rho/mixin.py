@@ -15,7 +15,7 @@ from rho.filtered import FilteredBackward
 from rho.forward import NO_FILTER, make_selective
 from rho.history import History
 from rho.integrations.labels import is_packed, split_labels
-from rho.objective import IGNORE_INDEX, num_to_select
+from rho.objective import IGNORE_INDEX, num_to_select, predicted
 from rho.references.scorer import Scorer
 from rho.selection import COLUMNS, Cut, RunningThreshold, Selector
 from rho.stats import SelectionStats
@@ -143,6 +143,7 @@ class SelectiveMixin:
         bounds = batch.get("cu_seq_lens_q")
         if bounds is not None and "rows" not in batch and len(batch["labels"]) == 1:
             batch |= _one_sequence_a_row(batch, bounds.long())
+        batch["labels"] = predicted(batch["labels"])
         return batch
 
     def _decide(self, active: Selector, batches: list[dict], eligible: list[Tensor]) -> list[Tensor] | None:
