@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -341,6 +342,17 @@ def test_labels_of_first_tokens_change_nothing(
     assert trained(ordinary) == trained(rows)
 
 
+@pytest.mark.parametrize("way", ["mixin", "compute_loss_func"])
+def test_a_micro_batch_without_any_label_is_one_without_loss(architecture: dict, tmp_path: Path, way: str) -> None:
+    rows = [cases.packed(row) for row in cases.rows()]
+    rows += [{**row, "labels": [-100] * len(row["labels"])} for row in rows]
+    make = {"mixin": mixin, "compute_loss_func": compute_loss_func}[way]
+    trainer = make(architecture, tmp_path, rows)
+    trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps = 1, 16
+    found = cases.by_trainer(trainer)
+    check_same(found, cases.by_trainer(make(architecture, tmp_path, rows[:8])))
+
+
 # --- without scores ----------------------------------------------------------------------------------------------
 
 
@@ -523,3 +535,15 @@ def test_a_selective_model_is_for_everybody_else_what_it_was(architecture: dict)
     before = network(input_ids=ids).logits
     make_selective(network, cases.SELECTOR)
     assert torch.equal(network(input_ids=ids).logits, before)
+
+
+def test_a_copy_of_a_selective_model_passes_through_its_own_weights(architecture: dict) -> None:
+    network = make_selective(cases.model(architecture).eval(), cases.SELECTOR)
+    ids = torch.arange(5, 15)[None]
+    twin, before = copy.deepcopy(network), network(input_ids=ids).logits
+    loss = twin(input_ids=ids, labels=ids, selective=True)["loss"]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(input_ids=ids).logits, before)
+    assert torch.equal(twin(input_ids=ids, labels=ids, selective=True)["loss"], loss)

@@ -136,7 +136,8 @@ class SelectiveMixin:
     def _unpacked(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as `selective_forward` takes it: scores out of the labels, one sequence a row."""
         batch = dict(batch)
-        if is_packed(batch["labels"]):
+        # Of rows without any label `attach_scores` makes what they were: they have no scores, but no need of them.
+        if is_packed(batch["labels"]) or bool((batch["labels"] == IGNORE_INDEX).all()):
             batch["labels"], score = split_labels(batch["labels"])
             if len(self.selector.columns) == 1:
                 batch.setdefault(self.selector.columns[0], score)
