@@ -353,6 +353,36 @@ def test_a_micro_batch_without_any_label_is_one_without_loss(architecture: dict,
     check_same(found, cases.by_trainer(make(architecture, tmp_path, rows[:8])))
 
 
+@pytest.mark.parametrize("setting", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}, {}], ids=str)
+def test_an_adapted_head_is_what_peft_makes_of_it_or_refused(architecture: dict, setting: dict[str, Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    network = cases.model({**architecture, "tie_word_embeddings": False})
+    network.lm_head.bias = torch.nn.Parameter(torch.zeros(cases.VOCABULARY, dtype=torch.float64))
+    adapted = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], **setting))
+    if setting:
+        with pytest.raises(ConfigError, match=f"lora.{next(iter(setting))}: not with an adapted head"):
+            make_selective(adapted, Selector())
+        return
+    torch.nn.init.normal_(network.lm_head.lora_B["default"].weight)  # as after some steps
+    ids = torch.arange(5, 15)[None]
+    ours = make_selective(adapted, Selector())(input_ids=ids, labels=ids, selective=True)
+    theirs = adapted(input_ids=ids, labels=ids).loss  # in float32
+    torch.testing.assert_close((ours["loss"] / ours["eligible"].sum()).float(), theirs)
+
+
+def test_what_the_loss_would_pass_by_is_refused(architecture: dict) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    with pytest.raises(ConfigError, match="PromptTuningConfig: the loss is made from the model that it adapts"):
+        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        make_selective(get_peft_model(cases.model(architecture), prompt), Selector())
+    experts = {**architecture, "model_type": "mixtral", "num_local_experts": 2, "output_router_logits": True}
+    with pytest.raises(ConfigError, match=r"router_aux_loss_coef 0\.\d+: the experts' auxiliary loss"):
+        make_selective(cases.model(experts).float(), Selector())
+    make_selective(cases.model({**experts, "router_aux_loss_coef": 0.0}).float(), Selector())
+
+
 # --- without scores ----------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rho.backends import LinearLoss
 from rho.linear_loss import selective_linear_loss
-from rho.models import check_head, head, hidden_states
+from rho.models import check_head, check_trainable, head, hidden_states
 from rho.objective import predicted, predictors
 from rho.selection import COLUMNS, Selector
 from rho.selective import CLM, select_and_sum
@@ -89,8 +89,10 @@ def make_selective(
     To be called before the model is wrapped (DDP, FSDP, `accelerator.prepare`).
 
     Raises:
+        ConfigError: adapters or an auxiliary loss that would be passed by (`rho.models.check_trainable`).
         MismatchError: its head makes other logits than rho knows (`rho.models.check_head`).
     """
+    check_trainable(model)
     check_head(model)
     ours, bound = selective_forward(selector, linear_loss, filtered), model.forward
     # Not bound to this model: a copy of it (`copy.deepcopy`, averaged weights) has to pass through its own weights.
