@@ -87,8 +87,7 @@ def mixin(architecture: dict, out: Path, rows: list[dict], **settings: Any) -> A
         model=cases.model(architecture),
         args=TrainingArguments(**cases.arguments(out, 4, 2)),
         train_dataset=Dataset.from_list(rows),
-        data_collator=cases.batch,
-        **{"selector": cases.SELECTOR, **settings},
+        **{"data_collator": cases.batch, "selector": cases.SELECTOR, **settings},
     )
 
 
@@ -401,6 +400,25 @@ def test_the_mixin_refuses_to_train_without_scores(architecture: dict, tmp_path:
     trainer = mixin(architecture, tmp_path, [only(row, NAMES[:2]) for row in cases.rows()])
     with pytest.raises(MismatchError, match=r"needs the reference's ref_loss, found none.*The training rows have"):
         trainer.train()
+
+
+def test_columns_of_another_length_and_random_draws_without_numbers_are_refused(
+    architecture: dict, tmp_path: Path
+) -> None:
+    rows = [only(row, NAMES) for row in cases.rows()]
+    batch = cases.batch(rows)
+    cut = {**batch, "ref_loss": batch["ref_loss"][:, 1:]}  # as the loss of logits[:-1] for labels[1:] has it
+    with pytest.raises(MismatchError, match=r"expected a ref_loss for each label \(8, 16\).*found \(8, 15\)"):
+        mixin(architecture, tmp_path, rows).eligible(cut)
+    random = Selector("random", 0.6)
+    with pytest.raises(ValueError, match="score 'random' needs the rows' numbers, a column `block`"):
+        mixin(architecture, tmp_path, rows, selector=random).train()
+    numbered = [{**row, "block": number} for number, row in enumerate(rows)]
+
+    def collate(some: list[dict]) -> dict:
+        return {**cases.batch(some), "block": torch.tensor([row["block"] for row in some])}
+
+    mixin(architecture, tmp_path, numbered, selector=random, data_collator=collate).train()
 
 
 def test_compute_loss_func_refuses_to_train_without_scores(architecture: dict, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def predictors(states_BTX: Tensor) -> Tensor:
 
 def predicted(labels_BT: Tensor) -> Tensor:
     """The labels without the first of each row, which nothing predicts: Transformers passes it over as well."""
-    return F.pad(labels_BT[:, 1:], (1, 0), value=IGNORE_INDEX)
+    return labels_BT.masked_fill(torch.arange(labels_BT.shape[1], device=labels_BT.device) == 0, IGNORE_INDEX)
 
 
 def next_labels(labels_BT: Tensor) -> Tensor:
