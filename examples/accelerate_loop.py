@@ -27,7 +27,7 @@ def main(corpus: str, scores: str, model_path: str, out: str) -> None:
     for step, batch in enumerate(loader):
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "labels", "ref_loss")}
         total = accelerator.reduce(count_selected(inputs["labels"], inputs["ref_loss"], selector, step=step), "sum")
-        loss = model(**inputs, step=step, selective=True)["loss"] / total
+        loss = model(**inputs, step=step, selective=True)["loss"] / total.clamp(min=1)  # none may have a score
         accelerator.backward(loss * accelerator.num_processes)  # DDP averages gradients over ranks
         optimizer.step()
         optimizer.zero_grad()

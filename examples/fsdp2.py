@@ -47,7 +47,7 @@ def train(
         dist.all_reduce(total)  # the selected tokens of all micro-batches and ranks
         loss = torch.zeros((), dtype=torch.float64, device=total.device)
         for batch in batches:
-            part = model(**batch, step=step, selective=True)["loss"] / total
+            part = model(**batch, step=step, selective=True)["loss"] / total.clamp(min=1)  # none may have a score
             (part * dist.get_world_size()).backward()  # FSDP averages gradients over ranks
             loss += part.detach()
         optimizer.step()

@@ -40,7 +40,7 @@ class SelectiveModule(lightning.LightningModule):
         step = self.global_step
         selected = count_selected(inputs["labels"], inputs.get("ref_loss"), self.selector, step=step)
         total = self.trainer.strategy.reduce(selected, reduce_op="sum")
-        loss = self.model(**inputs, step=step, selective=True)["loss"] / total
+        loss = self.model(**inputs, step=step, selective=True)["loss"] / total.clamp(min=1)  # none may have a score
         self.log("loss_selected", self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="sum"))
         return loss * self.trainer.world_size  # DDP averages gradients over ranks
 

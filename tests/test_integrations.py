@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -86,8 +87,7 @@ def mixin(architecture: dict, out: Path, rows: list[dict], **settings: Any) -> A
         model=cases.model(architecture),
         args=TrainingArguments(**cases.arguments(out, 4, 2)),
         train_dataset=Dataset.from_list(rows),
-        data_collator=cases.batch,
-        **{"selector": cases.SELECTOR, **settings},
+        **{"data_collator": cases.batch, "selector": cases.SELECTOR, **settings},
     )
 
 
@@ -317,6 +317,71 @@ def test_lora_through_the_mixin_reaches_the_adapters_alone(architecture: dict, t
     assert changed and all("lora_" in name for name in changed)
 
 
+@pytest.mark.parametrize("way", ["mixin", "compute_loss_func", "plain_loop"])
+@pytest.mark.parametrize("selector", [Selector(), Selector("loss", 0.6)], ids=("all", "loss"))
+def test_labels_of_first_tokens_change_nothing(
+    architecture: dict, tmp_path: Path, way: str, selector: Selector
+) -> None:
+    """Transformers' own collators leave them in: `labels` is a copy of `input_ids`."""
+
+    def trained(rows: list[dict]) -> list[float]:
+        if way == "mixin":
+            trainer = mixin(architecture, tmp_path, rows, selector=selector)
+            return [*cases.by_trainer(trainer).losses, trainer.evaluate(trainer.train_dataset)["eval_loss"]]
+        network, batch = cases.model(architecture), cases.batch(rows)
+        if way == "compute_loss_func":
+            return [LabelLoss(selector)(network(input_ids=batch["input_ids"]), batch["labels"]).item()]
+        hidden = network.base_model(batch["input_ids"]).last_hidden_state
+        total = rho.count_selected(batch["labels"], None, selector)
+        out = rho.selective_loss(hidden, network.lm_head.weight, batch["labels"], None, selector, num_selected=total)
+        return [out.loss.item(), float(total)]
+
+    rows = [only(row, NAMES[:2]) for row in cases.rows()]
+    ordinary = [{**row, "labels": row["input_ids"][:1] + row["labels"][1:]} for row in rows]
+    assert trained(ordinary) == trained(rows)
+
+
+@pytest.mark.parametrize("way", ["mixin", "compute_loss_func"])
+def test_a_micro_batch_without_any_label_is_one_without_loss(architecture: dict, tmp_path: Path, way: str) -> None:
+    rows = [cases.packed(row) for row in cases.rows()]
+    rows += [{**row, "labels": [-100] * len(row["labels"])} for row in rows]
+    make = {"mixin": mixin, "compute_loss_func": compute_loss_func}[way]
+    trainer = make(architecture, tmp_path, rows)
+    trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps = 1, 16
+    found = cases.by_trainer(trainer)
+    check_same(found, cases.by_trainer(make(architecture, tmp_path, rows[:8])))
+
+
+@pytest.mark.parametrize("setting", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}, {}], ids=str)
+def test_an_adapted_head_is_what_peft_makes_of_it_or_refused(architecture: dict, setting: dict[str, Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    network = cases.model({**architecture, "tie_word_embeddings": False})
+    network.lm_head.bias = torch.nn.Parameter(torch.zeros(cases.VOCABULARY, dtype=torch.float64))
+    adapted = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], **setting))
+    if setting:
+        with pytest.raises(ConfigError, match=f"lora.{next(iter(setting))}: not with an adapted head"):
+            make_selective(adapted, Selector())
+        return
+    torch.nn.init.normal_(network.lm_head.lora_B["default"].weight)  # as after some steps
+    ids = torch.arange(5, 15)[None]
+    ours = make_selective(adapted, Selector())(input_ids=ids, labels=ids, selective=True)
+    theirs = adapted(input_ids=ids, labels=ids).loss  # in float32
+    torch.testing.assert_close((ours["loss"] / ours["eligible"].sum()).float(), theirs)
+
+
+def test_what_the_loss_would_pass_by_is_refused(architecture: dict) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    with pytest.raises(ConfigError, match="PromptTuningConfig: the loss is made from the model that it adapts"):
+        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        make_selective(get_peft_model(cases.model(architecture), prompt), Selector())
+    experts = {**architecture, "model_type": "mixtral", "num_local_experts": 2, "output_router_logits": True}
+    with pytest.raises(ConfigError, match=r"router_aux_loss_coef 0\.\d+: the experts' auxiliary loss"):
+        make_selective(cases.model(experts).float(), Selector())
+    make_selective(cases.model({**experts, "router_aux_loss_coef": 0.0}).float(), Selector())
+
+
 # --- without scores ----------------------------------------------------------------------------------------------
 
 
@@ -335,6 +400,25 @@ def test_the_mixin_refuses_to_train_without_scores(architecture: dict, tmp_path:
     trainer = mixin(architecture, tmp_path, [only(row, NAMES[:2]) for row in cases.rows()])
     with pytest.raises(MismatchError, match=r"needs the reference's ref_loss, found none.*The training rows have"):
         trainer.train()
+
+
+def test_columns_of_another_length_and_random_draws_without_numbers_are_refused(
+    architecture: dict, tmp_path: Path
+) -> None:
+    rows = [only(row, NAMES) for row in cases.rows()]
+    batch = cases.batch(rows)
+    cut = {**batch, "ref_loss": batch["ref_loss"][:, 1:]}  # as the loss of logits[:-1] for labels[1:] has it
+    with pytest.raises(MismatchError, match=r"expected a ref_loss for each label \(8, 16\).*found \(8, 15\)"):
+        mixin(architecture, tmp_path, rows).eligible(cut)
+    random = Selector("random", 0.6)
+    with pytest.raises(ValueError, match="score 'random' needs the rows' numbers, a column `block`"):
+        mixin(architecture, tmp_path, rows, selector=random).train()
+    numbered = [{**row, "block": number} for number, row in enumerate(rows)]
+
+    def collate(some: list[dict]) -> dict:
+        return {**cases.batch(some), "block": torch.tensor([row["block"] for row in some])}
+
+    mixin(architecture, tmp_path, numbered, selector=random, data_collator=collate).train()
 
 
 def test_compute_loss_func_refuses_to_train_without_scores(architecture: dict, tmp_path: Path) -> None:
@@ -499,3 +583,15 @@ def test_a_selective_model_is_for_everybody_else_what_it_was(architecture: dict)
     before = network(input_ids=ids).logits
     make_selective(network, cases.SELECTOR)
     assert torch.equal(network(input_ids=ids).logits, before)
+
+
+def test_a_copy_of_a_selective_model_passes_through_its_own_weights(architecture: dict) -> None:
+    network = make_selective(cases.model(architecture).eval(), cases.SELECTOR)
+    ids = torch.arange(5, 15)[None]
+    twin, before = copy.deepcopy(network), network(input_ids=ids).logits
+    loss = twin(input_ids=ids, labels=ids, selective=True)["loss"]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(input_ids=ids).logits, before)
+    assert torch.equal(twin(input_ids=ids, labels=ids, selective=True)["loss"], loss)

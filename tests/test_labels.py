@@ -44,6 +44,16 @@ def test_labels_without_scores_are_refused_also_among_others() -> None:
         split_labels(mixed)
 
 
+def test_another_negative_label_than_minus_100_is_no_score() -> None:
+    assert not is_packed(torch.tensor([-1, -100, 5]))
+    with pytest.raises(ValueError, match=r"1 of 2 labels hold no score: .* or negative and not -100"):
+        split_labels(torch.cat([attach_scores([5], [-1.0]), torch.tensor([-1])]))
+
+
+def test_a_missing_score_may_be_none_as_data_sets_have_it() -> None:
+    assert torch.equal(attach_scores([5, 6], [None, 1.0]), attach_scores([5, 6], [float("nan"), 1.0]))
+
+
 @pytest.mark.parametrize(
     ("labels", "scores", "message"),
     [

@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from rho.objective import (
     IGNORE_INDEX,
     clm_loss,
     excess_loss,
     num_to_select,
+    predicted,
     predictors,
     select_top,
     slm_loss,
@@ -134,3 +136,14 @@ def test_selection_moves_with_the_tokens(order: list[int], ratio: float) -> None
     eligible = torch.tensor([[True] * 6 + [False, True]])
     mask = select_top(score, eligible, ratio)
     assert torch.equal(select_top(score[:, order], eligible[:, order], ratio), mask[:, order])
+
+
+def test_a_label_of_a_first_token_is_passed_over_as_transformers_does() -> None:
+    logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
+    ours = predicted(labels)
+    assert ours.tolist() == [[IGNORE_INDEX, *row[1:]] for row in labels.tolist()]
+    for measure in (token_loss, token_entropy):
+        assert measure(logits, labels)[:, 0].isnan().all()
+        torch.testing.assert_close(measure(logits, labels), measure(logits, ours), equal_nan=True)
+    theirs = ForCausalLMLoss(logits, labels, vocab_size=7)
+    torch.testing.assert_close(token_loss(logits, labels).nanmean(), theirs)

@@ -206,6 +206,21 @@ def test_an_online_reference_is_paid_in_training(run):
     assert costs["train/slm-seed0"].flops == pytest.approx(1280 / 2 * (PLAIN + 2 * 2 * HEAD + sum(FORWARD)))
 
 
+def test_a_history_is_paid_in_training_and_has_no_scores(run):
+    arm = "train.arms.past={ratio: 0.5, score: retrospective, references: {history: {every: 2}}}"
+    cost = by_stage(plan(PlanConfig(), run(arm)))["train/past-seed0"]
+    assert cost.flops == pytest.approx(640 * (PLAIN + 2 * 2 * HEAD + sum(FORWARD)))
+
+
+def test_an_arm_on_a_corpus_of_its_own_has_its_tokens(run):
+    config = run(
+        "train.arms.then={after: clm, corpus: curated, arguments: {max_steps: -1, num_train_epochs: 2}}",
+        "corpora.curated.max_tokens=1600",
+        "corpora.curated.block_length=16",
+    )
+    assert by_stage(plan(PlanConfig(), config))["train/then-seed0"].tokens == 2 * 1600
+
+
 def test_a_served_reference_costs_its_price_a_token(run):
     served = "reference={api: {url: 'http://127.0.0.1:1', model: x, price: 5}}"
     cost = by_stage(plan(PlanConfig(price=100), run(served)))["scores/reference"]

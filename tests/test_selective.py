@@ -118,6 +118,11 @@ def test_a_part_of_a_step_may_select_nothing_but_a_step_may_not() -> None:
     assert not any(grad.any() for grad in torch.autograd.grad(out.loss, [given["hidden"], given["weight"]]))
     with pytest.raises(ValueError, match="no token was selected: 0 have a label"):
         rho.selective_loss(given["hidden"], given["weight"], nothing, given["ref_loss"], Selector("excess", 0.5))
+    with pytest.raises(ValueError, match=r"no token was selected.*num_selected 0"):  # else 0 / 0
+        none = rho.count_selected(nothing, given["ref_loss"], Selector("excess", 0.5))
+        rho.selective_loss(
+            given["hidden"], given["weight"], nothing, given["ref_loss"], Selector("excess", 0.5), num_selected=none
+        )
 
 
 @pytest.mark.parametrize(

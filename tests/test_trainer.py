@@ -18,7 +18,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers import trainer as trainer_module
 
 from rho import backends, linear_loss
@@ -79,7 +79,7 @@ class Fake(torch.nn.Module):
         torch.manual_seed(0)
         self.embedding = torch.nn.Embedding(VOCABULARY, WIDTH, dtype=torch.float64)
         self.head = torch.nn.Linear(WIDTH, VOCABULARY, dtype=torch.float64)
-        self.config = SimpleNamespace(vocab_size=VOCABULARY)
+        self.config = PretrainedConfig(vocab_size=VOCABULARY)
         self.device = torch.device("cpu")
         self.selected: list[Tensor] = []
         self.register_forward_hook(lambda *call: self.selected.append(call[2]["selected"]) if self.training else None)

@@ -57,7 +57,7 @@ def train_flops(
             two selections the first one's ratio counts; LoRA counts as if all weights were trained.
         steps: optimizer steps, for a ratio that changes with them.
         micro_batches: of an optimizer step.
-        reference: one that scores each batch as it comes.
+        reference: one that scores each batch as it comes; a history is one, and known from `config`.
     """
     selector = config.selector
     everything = selector.weighting != "mask" or selector.retention > 0  # every token has a gradient
@@ -70,5 +70,7 @@ def train_flops(
     if config.backend != "rho" and selector.selective:  # our losses first, then another library's of the kept rows
         head += kept
     weights = 1 + 2 * (kept if config.filtered_backward else 1.0) + twice
+    if config.references.history is not None:  # the model itself, as it was
+        reference = forward
     own = forward.weights * weights + forward.attention * (3 + twice) + forward.head * head
     return own + (reference.total if reference is not None and selector.columns else 0.0)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from rho.backends import LinearLoss
 from rho.linear_loss import selective_linear_loss
-from rho.models import check_head, head, hidden_states
-from rho.objective import predictors
+from rho.models import check_head, check_trainable, head, hidden_states
+from rho.objective import predicted, predictors
 from rho.selection import COLUMNS, Selector
 from rho.selective import CLM, select_and_sum
 
@@ -65,7 +65,7 @@ def selective_forward(
             active,
             predictors(hidden_BTD),
             head(model),
-            labels,
+            predicted(labels),
             columns,
             linear_loss,
             step=step,
@@ -89,16 +89,20 @@ def make_selective(
     To be called before the model is wrapped (DDP, FSDP, `accelerator.prepare`).
 
     Raises:
+        ConfigError: adapters or an auxiliary loss that would be passed by (`rho.models.check_trainable`).
         MismatchError: its head makes other logits than rho knows (`rho.models.check_head`).
     """
+    check_trainable(model)
     check_head(model)
-    ours, theirs = selective_forward(selector, linear_loss, filtered), model.forward
+    ours, bound = selective_forward(selector, linear_loss, filtered), model.forward
+    # Not bound to this model: a copy of it (`copy.deepcopy`, averaged weights) has to pass through its own weights.
+    theirs = getattr(bound, "__func__", lambda _own, *args, **kwargs: bound(*args, **kwargs))
 
     def forward(own: PreTrainedModel, *args: Any, selective: bool = False, **kwargs: Any) -> Any:
-        return ours(own, **kwargs) if selective else theirs(*args, **kwargs)
+        return ours(own, **kwargs) if selective else theirs(own, *args, **kwargs)
 
     # `Trainer` reads from the signature which columns a model takes.
-    asked = inspect.signature(theirs)
+    asked = inspect.signature(bound)
     own = inspect.Parameter("own", inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = asked.replace(parameters=[own, *asked.parameters.values()])  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)

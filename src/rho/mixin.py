@@ -15,7 +15,7 @@ from rho.filtered import FilteredBackward
 from rho.forward import NO_FILTER, make_selective
 from rho.history import History
 from rho.integrations.labels import is_packed, split_labels
-from rho.objective import IGNORE_INDEX, num_to_select
+from rho.objective import IGNORE_INDEX, num_to_select, predicted
 from rho.references.scorer import Scorer
 from rho.selection import COLUMNS, Cut, RunningThreshold, Selector
 from rho.stats import SelectionStats
@@ -136,13 +136,15 @@ class SelectiveMixin:
     def _unpacked(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as `selective_forward` takes it: scores out of the labels, one sequence a row."""
         batch = dict(batch)
-        if is_packed(batch["labels"]):
+        # Of rows without any label `attach_scores` makes what they were: they have no scores, but no need of them.
+        if is_packed(batch["labels"]) or bool((batch["labels"] == IGNORE_INDEX).all()):
             batch["labels"], score = split_labels(batch["labels"])
             if len(self.selector.columns) == 1:
                 batch.setdefault(self.selector.columns[0], score)
         bounds = batch.get("cu_seq_lens_q")
         if bounds is not None and "rows" not in batch and len(batch["labels"]) == 1:
             batch |= _one_sequence_a_row(batch, bounds.long())
+        batch["labels"] = predicted(batch["labels"])
         return batch
 
     def _decide(self, active: Selector, batches: list[dict], eligible: list[Tensor]) -> list[Tensor] | None:

@@ -249,12 +249,13 @@ def with_lora(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int = 0
         adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {error}. Its settings are fields of peft.LoraConfig.") from error
-    _check_adapted_head(adapted, lora)
+    _check_merging(adapted)
+    check_trainable(adapted)
     return adapted
 
 
-def _check_adapted_head(model: Any, lora: dict[str, Any]) -> None:
-    """Refuse what `head` and merging would get wrong without a word."""
+def _check_merging(model: Any) -> None:
+    """Refuse adapters that can't be merged into one of two layers with one weight."""
     network = plain(model)
     embedding, layer = network.get_input_embeddings(), network.get_output_embeddings()
     adapted = [hasattr(one, "get_delta_weight") or hasattr(one, "modules_to_save") for one in (embedding, layer)]
@@ -263,10 +264,32 @@ def _check_adapted_head(model: Any, lora: dict[str, Any]) -> None:
             "lora: its target_modules or modules_to_save name the embeddings or the head, which are one weight in this "
             "model: merging would change both. Leave them out, or take a model with tie_word_embeddings: false."
         )
-    if unlike := [name for name in ("use_dora", "lora_bias", "lora_dropout") if adapted[1] and lora.get(name)]:
+
+
+def check_trainable(model: Any) -> None:
+    """Refuse a model whose training would go wrong here without a word.
+
+    Raises:
+        ConfigError: adapters that the loss would pass by, or an auxiliary loss, naming the setting.
+    """
+    adapted_head = hasattr(plain(model).get_output_embeddings(), "get_delta_weight")
+    for settings in getattr(model, "peft_config", {}).values():
+        if settings.is_prompt_learning:
+            raise ConfigError(
+                f"{type(settings).__name__}: the loss is made from the model that it adapts, without what it puts "
+                "before the text. Take LoRA, or another adapter of the layers."
+            )
+        unlike = [name for name in ("use_dora", "lora_bias", "lora_dropout") if getattr(settings, name, None)]
+        if adapted_head and unlike:
+            raise ConfigError(
+                f"lora.{unlike[0]}: not with an adapted head, whose weight is read as a whole. Leave the head out of "
+                "target_modules, or this setting."
+            )
+    config = plain(model).config.get_text_config()
+    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
         raise ConfigError(
-            f"lora.{unlike[0]}: not with an adapted head, whose weight is read as a whole. Leave the head out of "
-            "target_modules, or this setting."
+            f"router_aux_loss_coef {config.router_aux_loss_coef}: the experts' auxiliary loss is not added here. Set "
+            "it to 0 (in TRL among the arguments), or output_router_logits of the model's config to false."
         )
 
 

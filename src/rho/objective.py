@@ -3,7 +3,7 @@
 Convention of the whole project: **token t's loss is the loss of predicting token t, and stands at index t.** The first
 token of a block (or of an isolated document) is predicted from nothing: its label is `IGNORE_INDEX` and its loss NaN.
 `predictors` is the one place where anything is shifted, and `next_labels` the same shift on the side of the labels, for
-frameworks that have it there.
+frameworks that have it there. `predicted` leaves out the label that the shift leaves without a prediction.
 
 Shape suffixes: B sequences, T positions, N flat tokens, V vocabulary, D hidden. Losses and entropies are nats.
 """
@@ -23,6 +23,11 @@ def predictors(states_BTX: Tensor) -> Tensor:
     Works on hidden states (X = D) and on logits (X = V). Row 0 is zero: nothing predicts a first token.
     """
     return F.pad(states_BTX[:, :-1], (0, 0, 1, 0))
+
+
+def predicted(labels_BT: Tensor) -> Tensor:
+    """The labels without the first of each row, which nothing predicts: Transformers passes it over as well."""
+    return labels_BT.masked_fill(torch.arange(labels_BT.shape[1], device=labels_BT.device) == 0, IGNORE_INDEX)
 
 
 def next_labels(labels_BT: Tensor) -> Tensor:
@@ -50,12 +55,12 @@ def token_labels(
 
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Eq. 1: `-log P(x_t | x_<t)` of every token, float32 nats at index t, NaN where the label is `IGNORE_INDEX`.
+    """Eq. 1: `-log P(x_t | x_<t)` of every token, float32 nats at index t, NaN for the first and `IGNORE_INDEX`.
 
     `logits_BTV` is the model's output as it comes (row t predicts token t+1). The same function gives the reference
     loss (with the reference's logits) and the current loss (with the model's).
     """
-    aligned_BTV = predictors(logits_BTV).float()
+    aligned_BTV, labels_BT = predictors(logits_BTV).float(), predicted(labels_BT)
     loss = F.cross_entropy(aligned_BTV.flatten(0, 1), labels_BT.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
     return loss.view(labels_BT.shape).masked_fill(labels_BT == IGNORE_INDEX, torch.nan)
 
@@ -63,7 +68,7 @@ def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 def token_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Eq. 8: entropy of the distribution that predicts token t, float32 nats, NaN where the label is ignored."""
     log_p = predictors(logits_BTV).float().log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1).masked_fill(labels_BT == IGNORE_INDEX, torch.nan)
+    return -(log_p.exp() * log_p).sum(-1).masked_fill(predicted(labels_BT) == IGNORE_INDEX, torch.nan)
 
 
 def clm_loss(loss_BT: Tensor, eligible_BT: Tensor) -> Tensor:

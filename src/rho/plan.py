@@ -208,7 +208,8 @@ class _Plan:
         if stage.kind == "scores":
             return self.scores(stage)
         if stage.kind == "train":
-            return self.train(stage, self.run.train.arm(stage.name, stage.seed), self.run.corpus, self.model)
+            corpus = self.run.train.arms[stage.name].corpus or self.run.corpus
+            return self.train(stage, self.run.train.arm(stage.name, stage.seed), corpus, self.model)
         reference = self.run.references[stage.name]
         config = TrainConfig(arguments=reference.arguments)
         model = self.reference_model(stage.name)
@@ -225,10 +226,9 @@ class _Plan:
         steps = num_steps(max_steps, epochs, rows, rows_a_step)
         tokens = length * (steps * rows_a_step if max_steps > 0 else round(rows * epochs))
         online = None
-        if stage.kind == "train":
-            names = self.run.references_of(stage.name)
-            if self.run.references[names[0]].online:
-                online = forward_flops(self.shape(self.reference_model(names[0])), length)
+        for name in self.run.references_of(stage.name) if stage.kind == "train" else ():
+            if self.run.references[name].online:  # then it is the arm's only one
+                online = forward_flops(self.shape(self.reference_model(name)), length)
         flops = train_flops(forward_flops(shape, length), config, steps, micro_batches, online)
         parameters = shape.num_parameters()
         disk = parameters * (MODEL_BYTES + CHECKPOINT_BYTES * kept_checkpoints(config, steps, epochs))

@@ -170,7 +170,7 @@ class Selector:
 
         Args:
             labels_BT: `IGNORE_INDEX` where there is no loss (first and special tokens, padding, prompts).
-            columns: by name (`COLUMNS`), each of shape (B, T).
+            columns: by name (`COLUMNS`), each of shape (B, T); a missing one, or of another shape, is a ValueError.
         """
         eligible = labels_BT != IGNORE_INDEX
         for name in self.columns:
@@ -180,6 +180,8 @@ class Selector:
                 raise ValueError(
                     f"score '{self.score}' needs the reference's {name}, found none: pass it, or ratio 1.0"
                 )
+            if (found := tuple(columns[name].shape)) != (shape := tuple(labels_BT.shape)):
+                raise ValueError(f"expected a {name} for each label {shape}, NaN for first tokens, found {found}")
             eligible = eligible & columns[name].isfinite()
             if name == "loss_weights":
                 eligible = eligible & (columns[name] != 0)
@@ -200,7 +202,7 @@ class Selector:
         """
         if self.score == "random":
             if block_B is None:
-                raise ValueError("random selection needs the rows' block numbers")
+                raise ValueError("score 'random' needs the rows' numbers, a column `block` (or block_B=), found none")
             return random_score(block_B, length, self.seed, step)
         if self.score in ("ref_loss", "ref_entropy"):
             return -columns[self.score]

@@ -11,7 +11,7 @@ from torch import Tensor
 from rho.backends import LinearLoss
 from rho.distributed import all_gather, rank
 from rho.linear_loss import Choose, Head, selective_linear_loss
-from rho.objective import IGNORE_INDEX, predictors
+from rho.objective import IGNORE_INDEX, predicted, predictors
 from rho.selection import COLUMNS, Selector
 
 CLM = Selector(ratio=1.0)
@@ -64,8 +64,8 @@ def selective_loss(
         hidden_BTD: the head's input as the model gives it; row t is what predicts token t+1.
         weight_VD: the head's weight (`lm_head.weight`).
         labels_BT: as in Transformers, `labels[t]` is token t, not shifted; `IGNORE_INDEX` (-100) where a token takes no
-            part (prompts, padding, and the first token of an isolated document). Labels of `attach_scores` are not
-            meant: take them apart with `split_labels` first.
+            part (prompts, padding, and the first token of an isolated document); that of a row never does. Labels of
+            `attach_scores` are not meant: take them apart with `split_labels` first.
         ref_loss_BT: the reference's losses, nats, NaN where there is none; None if the selector needs none.
         selector: of scope sequence or batch, or step where one micro-batch is the whole step of this device.
         bias_V: the head's bias.
@@ -77,24 +77,24 @@ def selective_loss(
 
     Raises:
         ValueError: a column that the selector needs is missing, shapes differ, the weight is a shard, the selector
-            needs a trainer's memory, or no token was selected and no count was given.
+            needs a trainer's memory, or no token was selected, here or (num_selected) in the whole step.
     """
     given = _given(ref_loss_BT, ref_entropy_BT, loss_weights_BT)
     check_one_pass(selector)
     _check_shapes(hidden_BTD, weight_VD, labels_BT, given)
     head = Head(weight_VD, bias_V)
-    active = selector.at(step)
+    active, labels_BT = selector.at(step), predicted(labels_BT)
     found = select_and_sum(active, predictors(hidden_BTD), head, labels_BT, given, step=step, block_B=block_B)
     own = found["selected"].sum()
-    if num_selected is None and own == 0:
+    count = own if num_selected is None else num_selected
+    if count == 0:  # 0 / 0 would be a NaN, and after the update every weight
         raise ValueError(
             f"no token was selected: {int((labels_BT != IGNORE_INDEX).sum())} have a label, "
             f"{int(found['eligible'].sum())} of them also what is needed ({', '.join(active.columns) or 'nothing'}), "
-            f"ratio {active.ratio}. Check labels and scores, or pass num_selected of the whole step."
+            f"ratio {active.ratio}, num_selected {num_selected}. Check labels and scores, or pass num_selected of the "
+            "whole step; leave a step out that has none."
         )
-    return SelectiveLoss(
-        found["loss"] / (own if num_selected is None else num_selected), own, found["selected"], found["token_loss"]
-    )
+    return SelectiveLoss(found["loss"] / count, own, found["selected"], found["token_loss"])
 
 
 def count_selected(
@@ -114,7 +114,7 @@ def count_selected(
         ValueError: a column is missing, or it is not known before the forward (two selections combined, scope step).
     """
     active = selector.at(step)
-    eligible_BT = active.eligible(labels_BT, _given(ref_loss_BT, ref_entropy_BT, loss_weights_BT))
+    eligible_BT = active.eligible(predicted(labels_BT), _given(ref_loss_BT, ref_entropy_BT, loss_weights_BT))
     count = active.num_selected(eligible_BT)
     if count is None:
         raise ValueError(

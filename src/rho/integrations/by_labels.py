@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from rho.integrations.labels import is_packed, split_labels
-from rho.objective import predictors
+from rho.objective import predicted, predictors
 from rho.selection import Selector
 from rho.selective import CLM, check_one_pass, logits_loss, select_and_sum
 
@@ -49,7 +49,7 @@ class LabelLoss:
         Raises:
             ValueError: labels without scores, where the selector needs scores.
         """
-        return self.of_aligned(predictors(outputs.logits), labels, num_items_in_batch)
+        return self.of_aligned(predictors(outputs.logits), predicted(labels), num_items_in_batch)
 
     def of_aligned(self, logits_BTV: Tensor, labels_BT: Tensor, num_labels: Tensor | int | None = None) -> Tensor:
         """As the call, for logits whose row t predicts label t."""

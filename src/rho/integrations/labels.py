@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rho.objective import IGNORE_INDEX
 
 
-def attach_scores(labels: Tensor | Sequence[int], scores: Tensor | Sequence[float]) -> Tensor:
+def attach_scores(labels: Tensor | Sequence[int], scores: Tensor | Sequence[float | None]) -> Tensor:
     """Labels, int64, that hold a score each: a reference loss (nats), or a loss weight.
 
-    A label whose score is NaN becomes -100: the token can't take part, and so what a framework counts as labels are the
-    tokens that can.
+    A label whose score is NaN (or None, as data sets have it) becomes -100: the token can't take part, and so what a
+    framework counts as labels are the tokens that can.
 
     Args:
         labels: token ids, `labels[t]` is token t; -100 where a token takes no part.
@@ -31,7 +32,8 @@ def attach_scores(labels: Tensor | Sequence[int], scores: Tensor | Sequence[floa
     Raises:
         ValueError: shapes differ, a score is infinite, a label is no token id or holds a score already.
     """
-    label, score = torch.as_tensor(labels).long(), torch.as_tensor(scores).float()
+    values = scores if isinstance(scores, Tensor) else torch.from_numpy(np.array(scores, dtype=np.float64))
+    label, score = torch.as_tensor(labels).long(), values.float()
     if label.shape != score.shape:
         found = f"labels {tuple(label.shape)}, scores {tuple(score.shape)}"
         raise ValueError(f"expected a score for each label, found {found}")
@@ -51,11 +53,12 @@ def split_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: a label holds no score.
     """
     ignored = labels == IGNORE_INDEX
-    missing = ~ignored & (labels >> 32 == 0)
+    missing = ~ignored & ~_holds_score(labels)
     if bool(missing.any()):
         raise ValueError(
-            f"{int(missing.sum())} of {int((~ignored).sum())} labels hold no score: these are plain token ids. Make "
-            "the labels with rho.attach_scores(labels, ref_loss), and see that nothing makes them anew from input_ids."
+            f"{int(missing.sum())} of {int((~ignored).sum())} labels hold no score: these are plain token ids, or "
+            "negative and not -100. Make the labels with rho.attach_scores(labels, ref_loss), and see that nothing "
+            "makes them anew from input_ids."
         )
     score = (labels >> 32).int().view(torch.float32).masked_fill(ignored, torch.nan)
     return (labels & 0xFFFFFFFF).masked_fill(ignored, IGNORE_INDEX), score
@@ -63,4 +66,9 @@ def split_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_packed(labels: Tensor) -> bool:
     """Whether any label holds a score."""
-    return bool(((labels != IGNORE_INDEX) & (labels >> 32 != 0)).any())
+    return bool(_holds_score(labels).any())
+
+
+def _holds_score(labels: Tensor) -> Tensor:
+    """Which of them do: a token id has nothing in its upper half, -100 (or another small negative number) all ones."""
+    return (labels >> 32 != 0) & (labels >> 32 != -1)

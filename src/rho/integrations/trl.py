@@ -26,7 +26,7 @@ class SelectiveSFTTrainer(SelectiveMixin, SFTTrainer):
         selector: which tokens to train on; `rho.mixin.SelectiveMixin` has the other arguments.
 
     Raises:
-        ConfigError: a loss of TRL's own (`loss_type`, an auxiliary loss of experts), or a selector with two columns.
+        ConfigError: a loss of TRL's own (`loss_type`), or a selector with two columns.
         MismatchError: training rows without the column that the selector needs, or not tokenised.
     """
 
@@ -37,8 +37,6 @@ class SelectiveSFTTrainer(SelectiveMixin, SFTTrainer):
         super().__init__(*args, selector=selector, **kwargs)
         if self.args.loss_type != "nll":
             raise ConfigError(f"loss_type {self.args.loss_type}: the selection makes the loss here. Take nll.")
-        if self.aux_loss_enabled:
-            raise ConfigError("router_aux_loss_coef: the experts' auxiliary loss is not added here. Set it to 0.")
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: Any, *others: Any) -> Any:
         names = dataset.column_names or list(next(iter(dataset)))
