@@ -63,9 +63,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         args = copy(args)
         args.precompute_ref_log_probs |= reference_free
         super().__init__(model, ref_model, args, **others)
-        self.accelerator.gradient_accumulation_steps = (
-            1  # the trainer divides; older versions have `backward` do it again
-        )
+        self.accelerator.gradient_accumulation_steps = 1  # nor may `backward`, which older versions ask to divide again
         if reference_free:
             self.precompute_ref_logps, self.ref_model = False, _no_reference
         if selector.selective:
