@@ -169,3 +169,11 @@ def test_no_file_names_a_place_on_somebodys_machine():
     for path in filter(Path.is_file, places):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert not re.search(r"(?<![\w.])/(work|root|home)/", line), f"{path}:{number}: {line.strip()}"
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results():
+    readme, results = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md"))
+    said = readme.split("## What to expect")[1].split("\n## ")[0]
+    numbers = re.findall(r"\d+\.\d+|\d+(?= s )", said)
+    assert len(numbers) > 5
+    assert [number for number in numbers if number not in results] == []
