@@ -240,6 +240,16 @@ out: tokens selected at random, plain training on curated and noisy text togethe
 curated), plain training that ends with curated text (`clm-then-curated`, whose additional tokens count), and the
 reference's own loss. What each arm is: the recipe. A number in a name is its ratio.
 What was learned, also where the controls win, and what is not run yet: [log.md](log.md).
+
+**What we choose by it.** A selection has no ratio unless it is given one, and ranks each sequence by itself: the paper's
+way, which changes with neither micro-batches nor devices. We recommend
+
+- a ratio of 0.3 to 0.4 for a model from scratch on text as mixed as this, ranked over the step where a step is one
+  micro-batch (with accumulation that costs a second forward; at 0.3 it hardly matters); for continued pretraining the
+  paper's 0.6, until more than one ratio has been measured there;
+- no schedule, until one is measured to be better;
+- a small reference, trained for a fraction of an epoch, before anything dearer; online, if the corpus is read once;
+- curated text in the corpus wherever it may be there: selection comes on top, not instead.
 """
 
 
