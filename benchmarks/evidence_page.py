@@ -241,8 +241,8 @@ curated), plain training that ends with curated text (`clm-then-curated`, whose 
 reference's own loss. What each arm is: the recipe. A number in a name is its ratio.
 What was learned, also where the controls win, and what is not run yet: [log.md](log.md).
 
-**What we choose by it.** A selection has no ratio unless it is given one, and ranks each sequence by itself: the paper's
-way, which changes with neither micro-batches nor devices. We recommend
+**What we choose by it.** A selection has no ratio unless it is given one, and ranks each sequence by itself, which
+changes with neither micro-batches nor devices. We recommend
 
 - a ratio of 0.3 to 0.4 for a model from scratch on text as mixed as this, ranked over the step where a step is one
   micro-batch (with accumulation that costs a second forward; at 0.3 it hardly matters); for continued pretraining the
