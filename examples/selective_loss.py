@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import rho
 from rho.corpus import Corpus
 from rho.data import TrainingBlocks
+from rho.models import head
 from rho.store import ScoreStore
 
 MICRO_BATCHES = 2  # in an optimizer step
@@ -39,9 +40,17 @@ def train(
             # No attention mask and no cache: position ids alone keep isolated documents apart.
             inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-            head = model.get_output_embeddings()
+            weight, bias, scale, cap = head(model)  # all that makes its logits
             out = rho.selective_loss(
-                hidden, head.weight, batch["labels"], batch["ref_loss"], selector, num_selected=total
+                hidden,
+                weight,
+                batch["labels"],
+                batch["ref_loss"],
+                selector,
+                bias_V=bias,
+                scale=scale,
+                cap=cap,
+                num_selected=total,
             )
             out.loss.backward()
             loss += out.loss.item()

@@ -28,7 +28,7 @@ from rho.errors import ConfigError, MismatchError
 from rho.forward import make_selective
 from rho.integrations.by_labels import LabelLoss
 from rho.mixin import SelectiveMixin
-from rho.objective import clm_loss, next_labels, token_loss
+from rho.objective import clm_loss, excess_loss, next_labels, select_top, token_loss
 from rho.selection import Selector
 
 HERE = Path(__file__).parent
@@ -193,6 +193,36 @@ def check_same(found: cases.Trained, expected: cases.Trained) -> None:
 @pytest.mark.parametrize("sizes", [(8,), (4, 4), (5, 1, 2)])
 def test_the_plain_loop(architecture: dict, expected: cases.Trained, sizes: tuple[int, ...]) -> None:
     check_same(plain_loop(architecture, sizes=sizes), expected)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 0.01},
+        {"model_type": "granite", "logits_scaling": 0.2},
+        {"model_type": "phi"},
+    ],
+    ids=lambda kind: kind["model_type"],
+)
+def test_the_plain_loop_makes_the_logits_that_the_model_makes(architecture: dict, kind: dict) -> None:
+    def trained(by: Any) -> list[float]:
+        network = cases.model({**architecture, "tie_word_embeddings": False, **kind})
+        if (bias := network.lm_head.bias) is not None:
+            torch.nn.init.normal_(bias, generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.SGD(network.parameters(), lr=cases.RATE)
+        return by(network, [cases.batch(cases.rows())], optimizer)
+
+    def ours(network: Any, batches: list, optimizer: Any) -> list[float]:
+        return example("selective_loss").train(network, [batches], cases.SELECTOR, optimizer)
+
+    def theirs(network: Any, batches: list, _: Any) -> list[float]:
+        batch = batches[0]
+        loss = token_loss(network(input_ids=batch["input_ids"]).logits, batch["labels"])
+        eligible = (batch["labels"] != -100) & batch["ref_loss"].isfinite()
+        chosen = select_top(excess_loss(loss, batch["ref_loss"]), eligible, cases.SELECTOR.ratio)
+        return [loss[chosen].mean().item()]
+
+    assert trained(ours) == pytest.approx(trained(theirs), rel=1e-6)
 
 
 @pytest.mark.parametrize("transport", ["column", "labels"])

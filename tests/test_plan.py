@@ -406,6 +406,13 @@ def test_the_command_prints_a_row_a_stage_or_json(run, rho, tmp_path):
     assert {stage["stage"]: stage["tokens"] for stage in tree["stages"]}["train/clm-seed0"] == 2560
 
 
+def test_a_long_name_of_an_arm_cuts_no_number_short(run, rho, tmp_path):
+    run()
+    name = "an-arm-" + 80 * "x"
+    code, out, _ = rho("plan", tmp_path / "run.yaml", "--set", f"train.arms.{name}={{}}")
+    assert code == 0 and f"train/{name}-seed0" in out and "…" not in out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

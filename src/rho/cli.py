@@ -101,7 +101,7 @@ def plan(
     if as_json:
         print(stage.as_json(planned, run, costs))
     else:
-        Console(width=max(Console().width, 120), highlight=False).print(stage.table(planned, run, costs))
+        Console(width=1000, highlight=False).print(stage.table(planned, run, costs))  # no number cut short
 
 
 @app.command(cls=Command)

@@ -199,7 +199,7 @@ def compiler() -> str:
 def examine_model(name: str) -> list[Finding]:
     """What a model's loss is made by, and what it is not fit for."""
     from rho.filtered import FilteredBackward
-    from rho.models import ModelConfig, check_head, check_isolation, head, make_model
+    from rho.models import ModelConfig, check_head, check_isolation, check_trainable, head, make_model
 
     try:
         model = make_model(ModelConfig.parse(name), vocab_size=1000)
@@ -207,6 +207,7 @@ def examine_model(name: str) -> list[Finding]:
         return [Finding(f"{name}: loading", "transformers", False, str(error))]
 
     def one_pass() -> str:
+        check_trainable(model)
         check_head(model)
         return "selection, loss and gradients in one pass over the head, without all logits"
 

@@ -163,7 +163,10 @@ def read_manifest(folder: str | os.PathLike[str], stage: str | None = None) -> M
     folder = Path(folder)
     manifest = load_manifest(folder)
     if manifest is None:
-        raise DataError(f"{folder}: no {MANIFEST} here, so this is not a folder written by rho. Check the path.")
+        raise DataError(
+            f"{folder}: no {MANIFEST} here, so this is not a folder written by rho. Check the path, or "
+            "run the stage that writes it first."
+        )
     if stage is not None and manifest.stage != stage:
         raise DataError(f"{folder}: expected the output of stage '{stage}', found that of stage '{manifest.stage}'.")
     if manifest.status != "complete":

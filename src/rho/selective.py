@@ -41,6 +41,8 @@ def selective_loss(
     selector: Selector,
     *,
     bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
     ref_entropy_BT: Tensor | None = None,
     loss_weights_BT: Tensor | None = None,
     block_B: Tensor | None = None,
@@ -68,7 +70,8 @@ def selective_loss(
             `attach_scores` are not meant: take them apart with `split_labels` first.
         ref_loss_BT: the reference's losses, nats, NaN where there is none; None if the selector needs none.
         selector: of scope sequence or batch, or step where one micro-batch is the whole step of this device.
-        bias_V: the head's bias.
+        bias_V, scale, cap: the head's bias, what it multiplies logits by (Cohere, Granite) and their soft limit
+            (Gemma 2): `rho.models.head(model)` finds them in a model.
         ref_entropy_BT: for score `ref_entropy`.
         loss_weights_BT: for weighting `loss_weights`: what each token's loss is multiplied by.
         block_B: rows' numbers in the corpus, for score `random`.
@@ -82,7 +85,7 @@ def selective_loss(
     given = _given(ref_loss_BT, ref_entropy_BT, loss_weights_BT)
     check_one_pass(selector)
     _check_shapes(hidden_BTD, weight_VD, labels_BT, given)
-    head = Head(weight_VD, bias_V)
+    head = Head(weight_VD, bias_V, scale, cap)
     active, labels_BT = selector.at(step), predicted(labels_BT)
     found = select_and_sum(active, predictors(hidden_BTD), head, labels_BT, given, step=step, block_B=block_B)
     own = found["selected"].sum()
