@@ -291,7 +291,7 @@ MUTATIONS = [
     Mutation(
         "plain labels pass for labels with scores",
         "integrations/labels.py",
-        "missing = ~ignored & (labels >> 32 == 0)",
+        "missing = ~ignored & ~_holds_score(labels)",
         "missing = torch.zeros_like(ignored)",
         "test_labels.py::test_labels_without_scores_are_refused_also_among_others",
     ),
