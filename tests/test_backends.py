@@ -84,3 +84,8 @@ def test_what_another_library_does_not_know_is_refused() -> None:
 def test_a_library_that_is_not_installed_is_named() -> None:
     with pytest.raises(ConfigError, match="liger_kernel, which is not installed"):
         linear_loss("liger")
+
+
+def test_a_name_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"backend ligre: no such loss\. Take rho, or one of torch, liger, cce"):
+        linear_loss("ligre")  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from rho.errors import ConfigError, MismatchError
 from rho.models import (
@@ -18,6 +19,7 @@ from rho.models import (
     make_model,
     save_model,
     source_hash,
+    text_config,
 )
 from rho.objective import token_entropy, token_labels, token_loss
 from rho.score import score_batch
@@ -118,6 +120,16 @@ def test_scaled_and_capped_logits_are_known_or_refused(architecture: dict, kind:
     torch.testing.assert_close(entropy, token_entropy(logits, labels), equal_nan=True)
     plain = head(model)._replace(scale=1.0, cap=None).logits(hidden_states(model, ids, positions))
     assert not torch.allclose(plain, logits, rtol=0.1)
+
+
+def test_of_a_model_that_reads_pictures_too_the_text_counts() -> None:
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {"head_dim": 8, "intermediate_size": 32, "vocab_size": 50}
+    picture = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    picture |= {"image_size": 8, "patch_size": 4}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=picture))
+    check_head(model)
+    assert text_config(model).vocab_size == 50
 
 
 def test_a_name_may_hold_its_revision_and_a_folder_an_at_sign(architecture: dict, tmp_path: Path) -> None:

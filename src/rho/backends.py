@@ -31,15 +31,18 @@ def linear_loss(backend: Backend) -> LinearLoss:
     """The implementation of a name.
 
     Raises:
-        ConfigError: its library is not installed, or has no such loss.
+        ConfigError: there is no such name, its library is not installed, or has no such loss.
     """
     if backend == "rho":
         return selective_linear_loss
+    sums = {"torch": torch_sum, "liger": liger_sum, "cce": cce_sum}
+    if backend not in sums:
+        raise ConfigError(f"backend {backend}: no such loss. Take rho, or one of {', '.join(sums)}.")
     if (module := MODULES.get(backend)) and find_spec(module) is None:
         raise ConfigError(f"backend {backend}: needs the library {module}, which is not installed. Take backend rho.")
     if backend == "torch" and not hasattr(F, "linear_cross_entropy"):
         raise ConfigError(f"backend torch: needs torch 2.13 or later, found {torch.__version__}. Take backend rho.")
-    return partial(_two_passes, {"torch": torch_sum, "liger": liger_sum, "cce": cce_sum}[backend])
+    return partial(_two_passes, sums[backend])
 
 
 def torch_sum(hidden_KD: Tensor, weight_VD: Tensor, labels_K: Tensor) -> Tensor:

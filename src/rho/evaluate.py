@@ -23,7 +23,7 @@ from rho.data import CombineReferences, combined
 from rho.errors import DataError
 from rho.explore import Seen, token_rows
 from rho.losses import block_losses, by_domain, total
-from rho.models import ModelConfig, check_head, check_isolation, device, make_model, source_hash
+from rho.models import ModelConfig, check_head, check_isolation, device, make_model, source_hash, text_config
 from rho.objective import IGNORE_INDEX
 from rho.progress import track
 from rho.references.api import Meter
@@ -251,7 +251,7 @@ def load_checkpoint(entry: Checkpoint, corpus: Corpus) -> PreTrainedModel:
 
 def check_reads(entry: Checkpoint, model: PreTrainedModel, corpus: Corpus) -> None:
     """Refuse a set of another tokenizer or vocabulary than the model's, with a `MismatchError`."""
-    corpus.check_model(model.config, entry.model)
+    corpus.check_model(text_config(model), entry.model)
     check_tokenizer(ModelConfig(path=entry.model), corpus)
 
 

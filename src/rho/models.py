@@ -202,9 +202,14 @@ def plain(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def text_config(model: Any) -> Any:
+    """What a model's config says of text: a part of that of a model which reads pictures too."""
+    return plain(model).config.get_text_config()
+
+
 def head(model: PreTrainedModel) -> Head:
     """What makes logits of `hidden_states`, with what peft adds to it where the head is tuned."""
-    config = plain(model).config
+    config = text_config(model)
     caps = [cap for name in LOGIT_CAPS if (cap := getattr(config, name, None)) is not None]
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     weight, bias = _weight_and_bias(model)
@@ -285,7 +290,7 @@ def check_trainable(model: Any) -> None:
                 f"lora.{unlike[0]}: not with an adapted head, whose weight is read as a whole. Leave the head out of "
                 "target_modules, or this setting."
             )
-    config = plain(model).config.get_text_config()
+    config = text_config(model)
     if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
         raise ConfigError(
             f"router_aux_loss_coef {config.router_aux_loss_coef}: the experts' auxiliary loss is not added here. Set "
@@ -300,7 +305,7 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         MismatchError: with the largest difference seen.
     """
-    ids = torch.arange(8, device=model.device)[None] % plain(model).config.vocab_size
+    ids = torch.arange(8, device=model.device)[None] % text_config(model).vocab_size
     was_training = model.training
     model.eval()
     logits = model(input_ids=ids, use_cache=False).logits.float()
@@ -327,7 +332,7 @@ def check_isolation(model: PreTrainedModel, isolated: bool) -> None:
         return
     was_training = model.training
     model.eval()
-    ids = torch.arange(8, device=model.device) % plain(model).config.vocab_size
+    ids = torch.arange(8, device=model.device) % text_config(model).vocab_size
     changed = ids.clone()
     changed[:4] = ids[4:].flip(0)
     positions = torch.arange(4, device=model.device).repeat(2)[None]

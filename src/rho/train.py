@@ -35,6 +35,7 @@ from rho.models import (
     model_name,
     save_model,
     source_hash,
+    text_config,
     with_lora,
 )
 from rho.progress import say
@@ -263,7 +264,7 @@ def _network(model: ModelConfig, corpus: Corpus, seed: int) -> PreTrainedModel:
     network = make_model(model, corpus.vocab_size, seed)
     if model.path is None:
         ends_documents(network, corpus.tokenizer.eos_id)
-    corpus.check_model(network.config, model_name(model))
+    corpus.check_model(text_config(network), model_name(model))
     check_tokenizer(model, corpus)
     check_isolation(network, corpus.isolated)
     return network

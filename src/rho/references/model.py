@@ -22,6 +22,7 @@ from rho.models import (
     make_model,
     model_folder,
     model_name,
+    text_config,
 )
 from rho.objective import predictors, token_labels
 from rho.references.scorer import Batch, MeanLoss, Scorer, mean_of
@@ -49,7 +50,7 @@ def load_reference(
     """
     model = make_model(reference, (tokenizer or corpus).vocab_size, precision=precision)
     check_tokenizer(reference, corpus, tokenizer)
-    corpus.check_model(model.config, model_name(reference), context, tokenizer)
+    corpus.check_model(text_config(model), model_name(reference), context, tokenizer)
     check_head(model)
     check_isolation(model, corpus.isolated)
     return model.to(device()).eval().requires_grad_(False)
