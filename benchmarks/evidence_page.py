@@ -244,9 +244,8 @@ What was learned, also where the controls win, and what is not run yet: [log.md]
 **What we choose by it.** A selection has no ratio unless it is given one, and ranks each sequence by itself, which
 changes with neither micro-batches nor devices. We recommend
 
-- a ratio of 0.3 to 0.4 for a model from scratch on text as mixed as this, ranked over the step where a step is one
-  micro-batch (with accumulation that costs a second forward; at 0.3 it hardly matters); for continued pretraining the
-  paper's 0.6, until more than one ratio has been measured there;
+- a ratio of 0.3 to 0.4 where the text is as mixed as this, ranked over the step where a step is one micro-batch (with
+  accumulation that costs a second forward; at 0.3 it hardly matters). The paper's 0.6 gives up less elsewhere;
 - no schedule: coming down to a share was worse than starting with it;
 - a small reference, trained for a fraction of an epoch, before anything dearer; online, if the corpus is read once;
 - curated text in the corpus wherever it may be there: selection comes on top, not instead.
