@@ -27,19 +27,24 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from rho.report.data import is_reference
 from rho.report.plots import COLOURS, STYLE
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 PAGE = """## {title}
 
-{about}{parameters:.3g} M parameters, {tokens:.3g} M tokens a run, seeds {seeds}; the arms of a seed start from the same
-weights. Losses are nats a token on `test` ({tests}: their tokens together) at equal tokens processed.
+{about}{parameters:.3g} M parameters, {tokens:.3g} M tokens a run unless the table of arms says otherwise, {seeds}; the
+arms of a seed start from the same weights. Losses are nats a token on `test` ({tests}: their tokens together).
 *Less CLM* is the mean difference over the seeds, with its 95 % interval over held-out text (paired bootstrap). An arm
 with fewer values under *each seed* was not run with the other seeds yet. A reference is trained once; what it loses
-itself stands below the arms.
+itself stands below the arms: it is no arm, and may be of another size and trained on more.
 
     {command}
+
+| arm | what it is | trained on | M tokens |
+|---|---|---|---|
+{arms}
 
 | arm | test | less CLM | each seed | less random, each seed | {others} | selected |
 |---|---|---|---|---|{rule}---|
@@ -57,7 +62,7 @@ counted* adds training and scoring of the references that an arm uses ({spent}).
 loss on `{target}` less CLM's: at as many tokens trained on (of a CLM whose learning rate has not yet come down), at
 CLM's seconds of training, and at CLM's seconds with all counted.
 
-| arm | tokens | of them selected | seconds | all counted | equal selected | equal seconds | all counted |
+| arm | tokens | of them selected | seconds | all counted | at its selected | at its seconds | at all seconds |
 |---|---|---|---|---|---|---|---|
 {costs}
 
@@ -91,7 +96,8 @@ def section(lines: Sequence[Line], folder: Path, title: str | None = None) -> st
         about=about(RECIPES / f"{runs.name}.yaml"),
         parameters=runs.first["parameters"] / 1e6,
         tokens=runs.first["train_tokens"] / 1e6,
-        seeds=", ".join(map(str, runs.first["seeds"])),
+        seeds=f"seed{'s' * (len(runs.first['seeds']) > 1)} {', '.join(map(str, runs.first['seeds']))}",
+        arms="\n".join(_row(arm_cells(runs, model)) for model in models),
         tests=", ".join(f"{name} {size:,} tokens" for name, size in sizes.items()),
         target=runs.first["target"],
         command=f"python benchmarks/evidence.py --size {runs.name.removeprefix('evidence-')}",
@@ -113,6 +119,59 @@ def section(lines: Sequence[Line], folder: Path, title: str | None = None) -> st
         curves="\n".join(_row([m, *curve_cells(runs, m)]) for m in models if has_curve(runs, m)),
         hashes=", ".join(f"{name} {value[:12]}" for name, value in sorted(hashes(everything).items())),
     )
+
+
+SCORES = {
+    "excess": "highest excess loss",
+    "retrospective": "most learned since",
+    "loss": "highest loss",
+    "ref_loss": "lowest reference loss",
+    "ref_entropy": "lowest reference entropy",
+    "random": "drawn at random",
+}
+SCOPES = {
+    "sequence": "each sequence",
+    "batch": "each micro-batch",
+    "step": "each step",
+    "running": "the steps so far",
+    "dataset": "the whole corpus",
+}
+
+
+def arm_cells(runs: Runs, model: str) -> list[str]:
+    """A row of the table of arms: what the settings of its first run say."""
+    run = runs.of(model)[0]
+    return [
+        model,
+        what_it_is(runs, model),
+        run["settings"].get("corpus", "the noisy corpus"),
+        f"{run['train_tokens'] / 1e6:.3g}",
+    ]
+
+
+def what_it_is(runs: Runs, model: str) -> str:
+    """A model in words."""
+    run = runs.of(model)[0]
+    settings = run["settings"]
+    if is_reference(model):
+        own = f", of {run['parameters'] / 1e6:.2g} M parameters" if "model" in settings else ""
+        online = ", reads the batches of its arms as they come" if settings.get("online") else ""
+        return f"reference{own}{online}"
+    if "after" in settings and "corpus" in settings:
+        return f"`{settings['after']}`, then plain training"
+    if not settings.keys() & {"ratio", "schedule", "weighting"}:
+        return f"plain training{' (CLM)' * (model == BASE)}"
+    names = settings.get("references", {}).get("names", [])
+    by = f" against {' and '.join(names)}" if names and settings.get("score") not in ("loss", "random") else ""
+    share = "a share by schedule" if "schedule" in settings else f"{settings.get('ratio', 1.0):.0%}"
+    kept = f"{share} of {SCOPES[settings.get('scope', 'sequence')]}, {SCORES[settings.get('score', 'excess')]}{by}"
+    if "weighting" in settings:
+        kept = f"all tokens, weighted ({settings['weighting']}) by {SCORES[settings.get('score', 'excess')]}{by}"
+    if "second" in settings:
+        kept += f", and what {SCORES[settings['second'].get('score', 'excess')]} keeps as well"
+    if "retention" in settings:
+        kept += f", the rest with weight {settings['retention']:g}"
+    return f"`{settings['after']}`, then {kept}" if "after" in settings else kept
 
 
 # Arms that differ in one setting.
@@ -238,7 +297,10 @@ Selective training against plain training on real text: mathematics hidden in we
 clean mathematics (3.2 M tokens; the noisy corpus has 25.7 M). Beside the paper's arms stand the controls that it leaves
 out: tokens selected at random, plain training on curated and noisy text together (`clm-mixed`, one token in nine is
 curated), plain training that ends with curated text (`clm-then-curated`, whose additional tokens count), and the
-reference's own loss. What each arm is: the recipe. A number in a name is its ratio.
+reference's own loss. Each section begins with its arms; all settings are in its recipe. A number in a name is its
+ratio (06 is 0.6). CLM is plain training on the noisy corpus (of which the curated text is a part in the mixed
+experiment); a negative *less CLM* is better than that. `general` is text of another kind, `noisy_valid` more of the
+noisy corpus: what is given up.
 What was learned, also where the controls win, and what is not run yet: [log.md](log.md).
 
 **What we choose by it.** A selection has no ratio unless it is given one, and ranks each sequence by itself, which
@@ -350,8 +412,9 @@ def goals(runs: Runs) -> Iterator[list[str]]:
     plain = [arm for arm in runs.arms if arm != BASE and not any(key in runs.of(arm)[0]["settings"] for key in departs)]
     for base, called in ((BASE, "CLM"), (runs.random, "random")):
         pairs = {arm: each_seed(runs.pairs(arm, base), runs.tests) for arm in plain}
-        below = [arm for arm, found in pairs.items() if found and max(found) < 0]
-        yield [f"`test` loss below {called}'s for every seed", "all arms", f"{len(below)} of {len(pairs)} arms"]
+        met = {arm: max(found) < 0 for arm, found in pairs.items() if found}
+        count = f"{sum(met.values())} of {len(met)} arms" if met else "not run yet"
+        yield [f"`test` loss below {called}'s for every seed", "all arms", count]
     for what, words, asked in (("tokens", "tokens", "0.5"), ("all", "seconds, all counted,", "1")):
         reached = {arm: [to_target(run, base) for run, base in runs.pairs(arm, BASE)] for arm in plain}
         means = {

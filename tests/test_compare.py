@@ -92,7 +92,7 @@ def test_models_of_one_folder_and_of_two_are_compared_alike(evaluated: Path) -> 
     assert one.interval.difference == pytest.approx(one.first.loss - one.second.loss)
     assert 0 < one.interval.low < one.interval.difference < one.interval.high  # the untrained model is worse
     [line] = table([one]).splitlines()
-    assert line.startswith("held-out: ") and f"{one.interval.difference:+.4f} (95 %: " in line
+    assert line.startswith("held-out: ") and f"the first less the second {one.interval.difference:+.4f} (95 %: " in line
 
 
 def test_the_blocks_are_those_of_the_losses(evaluated: Path) -> None:

@@ -229,7 +229,7 @@ def test_a_difference_is_the_mean_over_the_seeds_of_all_tokens():
 
 def test_the_page_has_every_arm_the_reference_and_the_latest_of_two_runs(tmp_path):
     lines = [run("reference", 0, [1.5]), *(run("clm", seed, [5.0, 4.0]) for seed in (0, 1))]
-    lines += [run("random", seed, [5.0, 4.5], settings={"score": "random"}) for seed in (0, 1)]
+    lines += [run("random", seed, [5.0, 4.5], settings={"score": "random", "ratio": 0.6}) for seed in (0, 1)]
     lines += [run("slm", seed, [4.5, 9.0 if again else 3.5]) for again in (1, 0) for seed in (0, 1)]
     page = section(lines, tmp_path)
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.split("By set")[0].splitlines()}
@@ -238,8 +238,31 @@ def test_the_page_has_every_arm_the_reference_and_the_latest_of_two_runs(tmp_pat
     assert (rows["slm"][3], rows["slm"][4]) == ("-0.500 -0.500", "-1.000 -1.000")
     assert rows["reference"][1] == "1.5000" and rows["reference"][3] == "-2.500 -2.533"
     assert "| random | reached by 0 of 2 |" in page
+    assert "| random | 60% of each sequence, drawn at random | the noisy corpus | 0.0002 |" in page
     assert "| slm | 0.75 | 0.75 | 0.75 | 0.75 |" in page
     assert (tmp_path / "evidence-toy.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "plain training"),
+        (
+            {"ratio": 0.4, "scope": "step", "references": {"names": ["a"]}},
+            "40% of each step, highest excess loss against a",
+        ),
+        ({"after": "clm", "corpus": "curated"}, "`clm`, then plain training"),
+        ({"weighting": "softmax"}, "all tokens, weighted (softmax) by highest excess loss"),
+        (
+            {"ratio": 0.7, "score": "ref_loss", "second": {"score": "ref_entropy", "ratio": 0.7}},
+            "70% of each sequence, lowest reference loss, and what lowest reference entropy keeps as well",
+        ),
+    ],
+)
+def test_an_arm_is_said_in_words(tmp_path, settings, words):
+    page = section([run("clm", 0, [5.0, 4.0]), run("arm", 0, [4.0, 3.0], settings=settings)], tmp_path)
+    assert f"| arm | {words} | {settings.get('corpus', 'the noisy corpus')} | 0.0002 |" in page
+    assert "loss below random's for every seed | all arms | not run yet |" in page
 
 
 def test_settings_stand_side_by_side_over_the_seeds_that_their_arms_share(tmp_path):

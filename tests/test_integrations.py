@@ -619,9 +619,19 @@ def test_a_copy_of_a_selective_model_passes_through_its_own_weights(architecture
     network = make_selective(cases.model(architecture).eval(), cases.SELECTOR)
     ids = torch.arange(5, 15)[None]
     twin, before = copy.deepcopy(network), network(input_ids=ids).logits
-    loss = twin(input_ids=ids, labels=ids, selective=True)["loss"]
     with torch.no_grad():
+        loss = twin(input_ids=ids, labels=ids, selective=True)["loss"]
         for parameter in network.parameters():
             parameter.zero_()
-    assert torch.equal(twin(input_ids=ids).logits, before)
-    assert torch.equal(twin(input_ids=ids, labels=ids, selective=True)["loss"], loss)
+        assert torch.equal(twin(input_ids=ids).logits, before)
+        assert torch.equal(twin(input_ids=ids, labels=ids, selective=True)["loss"], loss)
+
+
+def test_a_selective_model_in_eval_mode_does_not_train_on_every_label(architecture: dict) -> None:
+    network = make_selective(cases.model(architecture).eval(), cases.SELECTOR)
+    ids, ref_loss = torch.arange(5, 16)[None], torch.zeros(1, 11)
+    with pytest.raises(ConfigError, match=r"eval mode.*call model.train\(\)"):
+        network(input_ids=ids, labels=ids, ref_loss=ref_loss, selective=True)
+    with torch.no_grad():
+        assert network(input_ids=ids, labels=ids, selective=True)["selected"].sum() == 10
+    assert network.train()(input_ids=ids, labels=ids, ref_loss=ref_loss, selective=True)["selected"].sum() == 6

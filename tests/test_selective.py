@@ -36,6 +36,12 @@ def gradients(loss: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [given[name] for name in ("hidden", "weight", "bias")]))
 
 
+def test_labels_and_scores_in_each_others_place_are_an_error() -> None:
+    labels, ref_loss = torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4)
+    with pytest.raises(ValueError, match="are labels and scores swapped"):
+        rho.selective_loss(torch.zeros(1, 4, 2), torch.zeros(3, 2), ref_loss, labels, rho.Selector("excess", 0.6))
+
+
 def test_it_is_eq_4_of_the_formula() -> None:
     given = inputs()
     selector, bias = Selector("excess", 0.6), given["bias"]

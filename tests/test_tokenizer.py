@@ -138,6 +138,8 @@ def test_a_file_that_is_no_tokenizer_is_an_error(tmp_path, content):
 def test_a_place_without_tokenizer_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="no tokenizer could be loaded from here"):
         Tokenizer.load(tmp_path)
+    with pytest.raises(ConfigError, match="No file or folder of that name is in"):
+        Tokenizer.load("no/such-tokenizer")
 
 
 def test_ends_are_the_characters_at_which_tokens_end(tokenizer_folder):

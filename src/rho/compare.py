@@ -175,6 +175,7 @@ def table(comparisons: Sequence[Comparison]) -> str:
         low, high = one.interval.low, one.interval.high
         lines.append(
             f"{one.first.set}: {one.first.model} {one.first.loss:.4f}, {one.second.model} {one.second.loss:.4f} "
-            f"nats a token: {one.interval.difference:+.4f} ({100 * LEVEL:.0f} %: {low:+.4f} to {high:+.4f})"
+            f"nats a token: the first less the second {one.interval.difference:+.4f} "
+            f"({100 * LEVEL:.0f} %: {low:+.4f} to {high:+.4f})"
         )
     return "\n".join(lines)

@@ -104,7 +104,10 @@ def follow(
         DataError: fewer than two checkpoints, one that is damaged, or one whose losses are not finite.
     """
     if len(models) < 2:
-        raise DataError(f"{out}: dynamics need two checkpoints or more (eight show something), found {len(models)}.")
+        raise DataError(
+            f"{out}: dynamics need two checkpoints or more (eight show something), found {len(models)}. "
+            "Training writes one every `--set save_steps=N` steps."
+        )
     inputs = {f"model:{n}": m.content or source_hash(ModelConfig(path=m.model)) for n, m in enumerate(models)}
     inputs["set"] = corpus.fingerprint
     settings = config.model_dump() | {"accuracies": {str(step): value for step, value in (accuracies or {}).items()}}

@@ -8,10 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rho.backends import LinearLoss
+from rho.errors import ConfigError
 from rho.linear_loss import selective_linear_loss
 from rho.models import check_head, check_trainable, head, hidden_states
 from rho.objective import predicted, predictors
@@ -86,7 +88,8 @@ def make_selective(
 ) -> PreTrainedModel:
     """The model itself, whose forward is `selective_forward` if called with `selective=True`, and else what it was.
 
-    To be called before the model is wrapped (DDP, FSDP, `accelerator.prepare`).
+    To be called before the model is wrapped (DDP, FSDP, `accelerator.prepare`). In eval mode the forward is for
+    `torch.no_grad()` alone: with gradients it is a `ConfigError`, as it would train on every label.
 
     Raises:
         ConfigError: adapters or an auxiliary loss that would be passed by (`rho.models.check_trainable`).
@@ -99,6 +102,11 @@ def make_selective(
     theirs = getattr(bound, "__func__", lambda _own, *args, **kwargs: bound(*args, **kwargs))
 
     def forward(own: PreTrainedModel, *args: Any, selective: bool = False, **kwargs: Any) -> Any:
+        if selective and not own.training and torch.is_grad_enabled():
+            raise ConfigError(
+                "the model is in eval mode, as from_pretrained leaves it, where every label counts and nothing is "
+                "selected: call model.train() before training, or evaluate under torch.no_grad()."
+            )
         return ours(own, **kwargs) if selective else theirs(own, *args, **kwargs)
 
     # `Trainer` reads from the signature which columns a model takes.

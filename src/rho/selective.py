@@ -247,6 +247,8 @@ def _check_shapes(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, colu
             "the head's weight is spread over devices: make the loss inside the model's forward, with "
             "rho.forward.make_selective before the model is wrapped"
         )
+    if labels_BT.is_floating_point():
+        raise ValueError(f"expected labels that are token ids, found {labels_BT.dtype}: are labels and scores swapped?")
     found = {"labels": labels_BT.shape, **{name: column.shape for name, column in columns.items()}}
     wrong = [f"{name} {tuple(shape)}" for name, shape in found.items() if shape != hidden_BTD.shape[:2]]
     if hidden_BTD.dim() != 3 or wrong or weight_VD.shape[1:] != hidden_BTD.shape[2:]:

@@ -175,7 +175,10 @@ def _from_pretrained(name: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     try:
         loaded: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{name}: no tokenizer could be loaded from here ({str(error).splitlines()[0]}).") from error
+        raise ConfigError(
+            f"{name}: no tokenizer could be loaded from here ({str(error).splitlines()[0]})."
+            + ("" if Path(name).exists() else f" No file or folder of that name is in {Path.cwd()}: check the path.")
+        ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise ConfigError(f"{name}: a slow tokenizer without character offsets. A tokenizer.json is needed.")
