@@ -289,6 +289,13 @@ MUTATIONS = [
         "test_labels.py::test_a_score_of_zero_is_no_missing_score",
     ),
     Mutation(
+        "a first token's label counts",
+        "objective.py",
+        "labels_BT.masked_fill(torch.arange(labels_BT.shape[1], device=labels_BT.device) == 0, IGNORE_INDEX)",
+        "labels_BT",
+        "test_objective.py::test_a_label_of_a_first_token_is_passed_over_as_transformers_does",
+    ),
+    Mutation(
         "plain labels pass for labels with scores",
         "integrations/labels.py",
         "missing = ~ignored & ~_holds_score(labels)",
