@@ -426,7 +426,8 @@ def main() -> None:
 
 HEAD = """# Results
 
-Made by `python benchmarks/write_results.py` from the JSON under `benchmarks/results/`.
+Made by `python benchmarks/write_results.py` from the JSON under `benchmarks/results/`. Which tables are older than
+the code: [log.md](log.md).
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +76,19 @@ def changes(before: dict[str, Tensor], after: Any) -> dict[str, Tensor]:
 def weights(network: Any) -> dict[str, Tensor]:
     """A copy of the parameters."""
     return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+
+def by_loss(network: Any, loss: Callable[[], Tensor]) -> Trained:
+    """Train by a loss of all rows, written out by hand."""
+    before, losses = weights(network), []
+    optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
+    for _ in range(STEPS):
+        total = loss()
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item())
+    return Trained(losses, changes(before, network))
 
 
 def arguments(out: Path, rows_at_once: int, accumulation: int) -> dict[str, Any]:

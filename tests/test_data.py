@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,14 +59,21 @@ def test_the_weights_of_longce_are_the_losses_a_short_context_adds(
 def test_training_by_longce_needs_no_selection_option_of_its_own(
     corpus: Path, reference: Path, short_and_full: dict[str, ScoreStore], tmp_path: Path
 ) -> None:
+    arguments = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
     config = TrainConfig(
         score="ref_loss",
         weighting="exponential",
         clip=5.0,
         references={"combine": "weights", "weights": {"short": -1.0, "full": 1.0}},
-        arguments={"max_steps": 2, "per_device_train_batch_size": 4},
+        arguments=arguments,
     )
-    train(config, Corpus(corpus), ModelConfig(path=str(reference)), tmp_path / "out", short_and_full)
+    start = ModelConfig(path=str(reference))
+    train(config, Corpus(corpus), start, tmp_path / "out", short_and_full)
+    train(TrainConfig(arguments=arguments), Corpus(corpus), start, tmp_path / "plain")
+    steps = [json.loads(line) for line in (tmp_path / "out" / "steps.jsonl").read_text().splitlines()]
+    assert [step["selected"] == step["eligible"] > 0 for step in steps] == [True, True]  # weighs, leaves none out
+    weighted, plain = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("out", "plain"))
+    assert weighted != plain
 
 
 def test_the_gain_of_the_reference_over_the_base_model_is_ranked_over_the_data_set(

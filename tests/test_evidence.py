@@ -210,6 +210,14 @@ def test_what_it_takes_to_reach_the_baselines_loss():
     assert to_target(run("slow", 0, [5.0, 2.1]), base) is None
 
 
+def test_a_curve_that_begins_below_the_goal_gives_an_upper_bound(tmp_path):
+    lines = [run("clm", 0, [5.0, 4.0]), run("later", 0, [3.0, 2.0]), run("reached", 0, [4.5, 3.5])]
+    page = section(lines, tmp_path)
+    assert "| later | ≤ 0.50 | ≤ 0.50 | ≤ 0.50 | ≤ 0.50 |" in page
+    assert "| reached | 0.75 | 0.75 | 0.75 | 0.75 |" in page
+    assert "--size PATH/OF/THE/RECIPE/OF/evidence-toy.yaml" in page  # there is no such recipe in recipes/
+
+
 def test_losses_at_equal_cost():
     base = run("clm", 0, [5.0, 4.0, 3.0, 2.0])
     cheap = run("slm", 0, [4.0, 1.0], reference_seconds={"a": 20.0}, scoring_seconds={"a": 5.0})
@@ -302,4 +310,4 @@ def test_the_table_of_rankings_compares_means_over_the_tasks_seed_by_seed():
         "| clm | 25.0% | 55.0% | 40.0% | - |",
         "| slm | 35.0% | 50.0% | 42.5% | +5.0% +0.0% |",
     ]
-    assert "about 2.0%" in page and "--size toy" in page
+    assert "about 2.0%, that of the mean over the tasks 1.4%" in page and "--size toy" in page

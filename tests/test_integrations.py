@@ -162,9 +162,8 @@ def by_lightning(architecture: dict, rows: list[dict]) -> cases.Trained:
 def expected(architecture: dict) -> cases.Trained:
     """By the equations alone: logits, Eq. 3, Eq. 5 by sorting, Eq. 4, one batch and autograd."""
     network = cases.model(architecture)
-    before, losses = cases.weights(network), []
-    optimizer = torch.optim.SGD(network.parameters(), lr=cases.RATE)
-    for _ in range(cases.STEPS):
+
+    def loss() -> torch.Tensor:
         kept = []
         for row in cases.rows():
             ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
@@ -172,12 +171,9 @@ def expected(architecture: dict) -> cases.Trained:
             loss = {t: -logits[t - 1].log_softmax(-1)[labels[t]] for t in range(len(labels)) if labels[t] != -100}
             ranked = sorted(loss, key=lambda t: (float(row["ref_loss"][t] - loss[t].detach()), t))
             kept += [loss[t] for t in ranked[: round(0.6 * len(loss))]]
-        total = torch.stack(kept).mean()
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total.item())
-    return cases.Trained(losses, cases.changes(before, network))
+        return torch.stack(kept).mean()
+
+    return cases.by_loss(network, loss)
 
 
 def check_same(found: cases.Trained, expected: cases.Trained) -> None:

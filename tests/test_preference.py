@@ -120,14 +120,12 @@ def test_at_ratio_one_it_is_trls_own_training(
 def literal(architecture: dict, ratio: float, sepo: bool, beta: float = 0.5) -> cases.Trained:
     """Pair by pair and token by token, with sorting and autograd."""
     policy, reference = network(architecture).train(), network(architecture, 1)
-    before, losses = cases.weights(policy), []
-    optimizer = torch.optim.SGD(policy.parameters(), lr=cases.RATE)
 
     def log_probs(model: Any, prompt: list[int], answer: list[int]) -> list[Tensor]:
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
         return [logits[len(prompt) + t - 1, token] for t, token in enumerate(answer)]
 
-    for _ in range(cases.STEPS):
+    def loss() -> Tensor:
         of_pairs = []
         for row in pairs():
             sides = []
@@ -143,12 +141,9 @@ def literal(architecture: dict, ratio: float, sepo: bool, beta: float = 0.5) -> 
                 else:
                     sides.append(sum(own[t] - theirs[t] for t in kept))
             of_pairs.append(-torch.nn.functional.logsigmoid(beta * (sides[0] - sides[1])))
-        loss = torch.stack(of_pairs).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return cases.Trained(losses, cases.changes(before, policy))
+        return torch.stack(of_pairs).mean()
+
+    return cases.by_loss(policy, loss)
 
 
 @pytest.mark.parametrize("sepo", [False, True])
