@@ -5,9 +5,9 @@
 Does the runs of recipes/evidence-SIZE.yaml (or of a recipe of your own) that are not in the results yet, arms in the
 recipe's order, each with all seeds, and adds a JSON line for each to benchmarks/results/evidence-SIZE.jsonl. After so
 many minutes, or on Ctrl-C, it stops; the same command goes on, on another machine too if the results travel. FOLDER is
-where the recipe's texts are, in the place of ../shared/data. Once the references are there, several processes may do
-different arms. Ends with a page of tables and a plot in the run's folder;
-`python benchmarks/write_results.py` puts the same into docs/results.md.
+where the recipe's texts are, in the place of ../shared/data; for texts of your own recipes/evidence-own.yaml says what
+to put there. Once the references are there, several processes may do different arms. Ends with a page of tables and a
+plot in the run's folder; `python benchmarks/write_results.py` puts the same into docs/results.md.
 
 Seconds are CPU time of this process on a CPU, which a busy machine disturbs least (use OMP_NUM_THREADS=1), and wall
 time on an accelerator.
@@ -39,7 +39,7 @@ from filelock import FileLock
 from pydantic import BaseModel
 
 from rho.compare import BlockSums, read_blocks
-from rho.config import RunConfig, load_config, save_config, validated
+from rho.config import RunConfig, load_config, save_config
 from rho.corpus import Corpus, CorpusConfig
 from rho.evaluate import Checkpoint, EvaluateConfig, checkpoints_of, evaluate
 from rho.models import source_hash
@@ -47,11 +47,12 @@ from rho.pipeline import Pipeline
 from rho.progress import say
 from rho.report.data import CONFIG, reference_folder
 from rho.runs import MANIFEST, Manifest, atomic_write, environment, hash_json, read_manifest, write_json
+from rho.settings import validated
 from rho.sources import source_hashes
 from rho.tokenizer import Tokenizer
 from rho.train import DEFAULT_ARGUMENTS
 
-DATA = "../shared/data"  # in the recipes
+DATA = ("../shared/data", "my-texts")  # in the recipes
 UNIT = 2048  # tokens of held-out text whose losses are kept as one sum: what the bootstrap draws
 WALL = torch.accelerator.is_available()
 SECONDS = "seconds" if WALL else "cpu_seconds"  # in a step record
@@ -63,8 +64,9 @@ def load_experiment(recipe: Path, folder: str | None, overrides: Sequence[str]) 
     if folder is None:
         return config
     tree = json.dumps(_set(config))
-    moved = tree.replace(f'"{DATA}/', f"{json.dumps(str(Path(folder)))[:-1]}/")
-    return validated(RunConfig, json.loads(moved), str(recipe))
+    for place in DATA:
+        tree = tree.replace(f'"{place}/', f"{json.dumps(str(Path(folder)))[:-1]}/")
+    return validated(RunConfig, json.loads(tree), str(recipe))
 
 
 class Identity:
@@ -344,7 +346,7 @@ def _device() -> str:
 def main() -> None:
     """Do what there is time for, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", help=f"where the texts are, instead of {DATA}")
+    parser.add_argument("folder", nargs="?", help=f"where the texts are, instead of {DATA[0]}")
     parser.add_argument("--size", default="small", help="of recipes/evidence-SIZE.yaml, or the path of a recipe")
     parser.add_argument("--minutes", type=float, help="stop after so many")
     parser.add_argument("--arms", nargs="+", help="those of the recipe unless given")

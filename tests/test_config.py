@@ -5,7 +5,7 @@ import copy
 import pytest
 import yaml
 
-from rho.config import assignments, load_config, save_config
+from rho.config import load_config, save_config
 from rho.errors import ConfigError
 from rho.pipeline import DEMO
 
@@ -64,18 +64,18 @@ def test_an_arms_own_arguments_go_on_top_of_those_of_all(load):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"corpora.noisy.blok_length": 8}, "corpora.noisy.blok_length: Extra inputs are not permitted, found 8"),
-        ({"speed": "fast"}, "speed: Extra inputs are not permitted, found 'fast'"),
-        ({"train.arms.slm.ratoi": 0.5}, "train.arms.slm.ratoi: Extra inputs are not permitted"),
+        ({"corpora.noisy.blok_length": 8}, "corpora.noisy.blok_length: no such setting, found 8"),
+        ({"speed": "fast"}, "speed: no such setting, found 'fast'"),
+        ({"train.arms.slm.ratoi": 0.5}, "train.arms.slm.ratoi: no such setting"),
         ({"corpora.noisy.block_length": "long"}, "corpora.noisy.block_length: Input should be a valid integer"),
         ({"corpora.noisy.sources": "a.jsonl"}, "corpora.noisy.sources: Input should be a valid list"),
         ({"train.seeds": ["x"]}, "train.seeds.0: Input should be a valid integer"),
         ({"model": None}, "model: Field required"),
         ({"train.arms": {}}, "train.arms: "),
         ({"train.arms.slm.score": "best"}, "train.arms.slm.score: Input should be 'excess'"),
-        ({"train.arms.slm.arguments": {"seed": 3}}, "train.arms.slm.arguments: Value error, seed: set by rho"),
-        ({"reference.arguments": {"seed": 3}}, "reference.arguments: Value error, seed: set by rho"),
-        ({"train.arguments": {"max_stepz": 3}}, "train.arguments: Value error, max_stepz: no field of transformers"),
+        ({"train.arms.slm.arguments": {"seed": 3}}, "train.arms.slm.arguments: seed: set by rho"),
+        ({"reference.arguments": {"seed": 3}}, "reference.arguments: seed: set by rho"),
+        ({"train.arguments": {"max_stepz": 3}}, "train.arguments: max_stepz: no field of transformers"),
         ({"train.arguments": {"max_steps": "many"}}, "max_steps: Input should be a valid integer"),
         ({"train.arguments": {"learning_rate": float("nan")}}, "learning_rate: expected a finite number, found nan"),
         ({"train.arguments": {"per_device_train_batch_size": 0}}, "batch_size: expected 1 or more, found 0"),
@@ -102,7 +102,7 @@ def test_an_arms_own_arguments_go_on_top_of_those_of_all(load):
         ({"reference.after": "cml"}, "references.reference.after: no arm 'cml'; found clm, slm"),
         ({"reference.after": "slm"}, "references.reference.after: no earlier reference 'reference'; found none"),
         ({"train.arms.slm.references": {"names": ["b"]}}, "train.arms.slm.references.names: no reference 'b'"),
-        ({"train.arms.slm.references": {"weights": {"b": 1}}}, "train.arms.slm.references: Value error, 'weights'"),
+        ({"train.arms.slm.references": {"weights": {"b": 1}}}, "train.arms.slm.references: 'weights'"),
         (
             {"train.arms.slm.references": {"combine": "weights", "weights": {"b": 1}}},
             "train.arms.slm.references.weights: name each of reference once",
@@ -121,8 +121,8 @@ def test_an_arms_own_arguments_go_on_top_of_those_of_all(load):
             "train.arms.a.after: goes in a circle, a after b after c after b",
         ),
         ({"train.arms.a/b": {}}, "train.arms.a/b.[key]: String should match pattern"),
-        ({"train.arms.slm.second": {"ratoi": 0.5}}, "train.arms.slm.second.ratoi: Unexpected keyword argument"),
-        ({"train.arms.slm.schedule": {"points": [[1, 0.5]]}}, "schedule: Value error, a schedule's steps must rise"),
+        ({"train.arms.slm.second": {"ratoi": 0.5}}, "train.arms.slm.second.ratoi: no such setting"),
+        ({"train.arms.slm.schedule": {"points": [[1, 0.5]]}}, "schedule: a schedule's steps must rise"),
         ({"train.arms.slm.temperature": 0}, "temperature and clip must be above 0, found 0.0"),
         ({"model.path": "gpt2"}, "give either 'path' (a model to load) or 'architecture'"),
         ({"name": "../up"}, "name: String should match pattern"),
@@ -160,7 +160,7 @@ def test_a_setting_can_be_overridden(load):
 
 
 def test_an_override_of_an_unknown_setting_is_named(load):
-    with pytest.raises(ConfigError, match=r"train\.spede: Extra inputs"):
+    with pytest.raises(ConfigError, match=r"train\.spede: no such setting"):
         load(overrides=("train.spede=1",))
 
 
@@ -296,10 +296,6 @@ def test_a_recipe_is_a_valid_config_of_its_own_name(recipe):
     config = load_config(recipe)
     assert config.name == recipe.stem
     assert "clm" in config.train.arms
-
-
-def test_assignments_make_a_tree_of_yaml_values():
-    assert assignments(["a=1", "b.c=1.0e-3", "b.d=[x]", "e=no"]) == {"a": 1, "b": {"c": 0.001, "d": ["x"]}, "e": False}
 
 
 def test_fsdp_may_be_switched_on_as_transformers_says_it(load):

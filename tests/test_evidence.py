@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from evidence import Experiment, Identity, load_experiment
-from evidence_page import ranking, section
+from evidence_page import RECIPES, ranking, section
 from evidence_results import at_equal, difference, read_lines, to_target
 
 from conftest import example_records, write_jsonl
@@ -74,6 +74,16 @@ def test_texts_are_looked_for_in_the_folder_given(recipe):
     assert load(recipe).corpora["mixed"].sources == [
         f"{recipe.parent}/texts/{name}.jsonl" for name in ("curated", "noisy")
     ]
+
+
+def test_the_recipe_for_texts_of_ones_own_takes_them_from_the_folder_given(tmp_path):
+    config = load_experiment(RECIPES / "evidence-own.yaml", str(tmp_path), [])
+    assert {name: one.sources for name, one in config.corpora.items()} == {
+        "curated": [f"{tmp_path}/curated"],
+        "noisy": [f"{tmp_path}/noisy"],
+        "target": [f"{tmp_path}/heldout"],
+    }
+    assert list(config.train.arms) == ["clm", "slm", "random"]
 
 
 def test_a_run_is_the_same_wherever_its_texts_are_and_whatever_other_arms_do(recipe):

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from rho import cli
-from rho.config import load_config, validated
+from rho.config import load_config
 from rho.errors import ConfigError
 from rho.flops import Forward, forward_flops, train_flops
 from rho.models import ModelConfig, make_model, skeleton
 from rho.pipeline import DEMO
 from rho.plan import CHECKPOINT_BYTES, MODEL_BYTES, PlanConfig, kept_checkpoints, plan, total
 from rho.runs import Manifest, read_manifest
+from rho.settings import validated
 from rho.train import TrainConfig
 
 RECIPES = DEMO.parent
@@ -360,7 +361,7 @@ def test_the_launchers_configs_are_accelerates():
             "corpora.noisy.max_tokens=N",
         ),
         ({}, ("model={path: TinyLlama/TinyLlama-1.1B}",), "TinyLlama/TinyLlama-1.1B: its config can't be read"),
-        ({}, ("model={path: ./nothing}",), "nothing: its config can't be read"),
+        ({}, ("model={path: ./nothing}",), "nothing: no such file or folder"),
         ({}, ("model.architecture.model_type=lama",), "expected one that transformers knows"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -89,8 +90,8 @@ def test_ratio_one_needs_no_reference_and_selects_every_label() -> None:
     assert not Selector(ratio=1.0).selective and Selector(ratio=1.0).static
 
 
-@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, NAN])
-def test_a_ratio_out_of_range_is_refused_at_once(ratio: float) -> None:
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, NAN, None, "excess"])
+def test_a_ratio_out_of_range_is_refused_at_once(ratio: Any) -> None:
     with pytest.raises(ValueError, match=r"ratio must be in \(0, 1\]"):
         Selector(ratio=ratio)
     with pytest.raises(ValueError, match=r"ratio must be in \(0, 1\]"):
@@ -100,6 +101,11 @@ def test_a_ratio_out_of_range_is_refused_at_once(ratio: float) -> None:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
+        ({"score": "exces"}, "score: expected one of excess, retrospective, .*; found 'exces'"),
+        ({"score": 0.6}, "score: expected one of excess"),
+        ({"scope": "rows"}, "scope: expected one of sequence, batch, step, running, dataset; found 'rows'"),
+        ({"combine": "and"}, "combine: expected one of intersection, union"),
+        ({"weighting": "softmx"}, "weighting: expected one of mask, .*, loss_weights; found 'softmx'"),
         ({"score": "excess", "scope": "dataset"}, "dataset needs a score that does not change"),
         ({"scope": "running", "second": Selector(scope="running", ratio=0.5)}, "combined in one scope"),
         ({"scope": "step", "second": Selector(scope="batch", ratio=0.5)}, "combined in one scope"),

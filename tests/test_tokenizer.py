@@ -142,6 +142,12 @@ def test_a_place_without_tokenizer_is_an_error(tmp_path):
         Tokenizer.load("no/such-tokenizer")
 
 
+@pytest.mark.parametrize("place", ["models/of/mine", "./mine", "/mine", "~/mine", "tokenizer.json"])
+def test_a_path_that_leads_nowhere_is_not_asked_for_on_the_hub(place):
+    with pytest.raises(ConfigError, match=rf"^{place}: no such file or folder \(seen from "):
+        Tokenizer.load(place)
+
+
 def test_ends_are_the_characters_at_which_tokens_end(tokenizer_folder):
     tokenizer = Tokenizer.load(tokenizer_folder)
     text = "12 é🙂"

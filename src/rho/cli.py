@@ -91,8 +91,9 @@ def plan(
     from rich.console import Console
 
     from rho import plan as stage
-    from rho.config import load_config, validated
+    from rho.config import load_config
     from rho.models import ModelConfig
+    from rho.settings import validated
 
     rates = _named("--throughput", throughput or [], what="tokens a second")
     settings = {"devices": devices, "device": device, "mfu": mfu, "price": price, "throughput": rates}
@@ -137,8 +138,8 @@ def corpus(
     seed: Annotated[int, typer.Option(help="Of the choice of held-out documents.")] = 0,
 ) -> None:
     """Tokenize text and pack it into blocks."""
-    from rho.config import validated
     from rho.corpus import CorpusConfig, build_corpus
+    from rho.settings import validated
     from rho.tokenizer import Tokenizer
 
     settings = {
@@ -195,11 +196,11 @@ def score(
     num_tasks: Annotated[int, typer.Option(help="Of an array job: how many tasks.")] = 1,
 ) -> None:
     """Store the reference's loss and entropy of every token of a corpus."""
-    from rho.config import assignments, validated
     from rho.corpus import Corpus
     from rho.models import ModelConfig
     from rho.references.api import ApiConfig
     from rho.score import ScoreConfig, score_corpus
+    from rho.settings import assignments, validated
 
     settings = {"dtype": dtype, "precision": precision, "batch_size": batch_size}
     settings |= {"context": context, "overlap": overlap, "entropy": entropy, "compile": compile}
@@ -246,9 +247,9 @@ def train(
     arguments: Arguments = None,
 ) -> None:
     """Train a model on the selected tokens."""
-    from rho.config import assignments, validated
     from rho.corpus import Corpus
     from rho.models import ModelConfig
+    from rho.settings import assignments, validated
     from rho.store import ScoreStore
     from rho.train import TrainConfig
     from rho.train import train as stage
@@ -290,7 +291,7 @@ def evaluate(
     if (suite is None) == (not held_out):
         raise ConfigError("give either --held-out (losses) or --suite (benchmarks).")
     if suite is not None:
-        from rho.config import validated
+        from rho.settings import validated
         from rho.suites import SuiteConfig, evaluate_suite, table
 
         settings = {"suite": suite, "limit": limit, "max_gen_toks": max_gen_toks, "batch_size": batch_size}
@@ -326,10 +327,10 @@ def tokens(
     text_field: TextField = "text",
 ) -> None:
     """A text token by token: what a model could still learn of it, by a reference that has."""
-    from rho.config import validated
     from rho.explore import ExploreConfig, explore, pairs_of
     from rho.report.explorer import rows_of_run, write_page
     from rho.report.terminal import show
+    from rho.settings import validated
 
     if run_folder is not None and text is None and reference is None:
         rows = rows_of_run(run_folder, [name for name in (model, against) if name])
@@ -365,8 +366,8 @@ def dynamics(
 ) -> None:
     """Which tokens are learned, which never, which are noise: losses of single tokens over the checkpoints of a run."""
     from rho import dynamics as stage
-    from rho.config import validated
     from rho.corpus import Corpus
+    from rho.settings import validated
     from rho.trajectories import CLASSES
 
     settings = {"max_tokens": max_tokens, "threshold": threshold, "batch_size": batch_size}
@@ -411,9 +412,7 @@ def verify(
             print(f"{stage}: {'; '.join(wrong) if wrong else 'good'}")
             damaged += bool(wrong)
     if damaged:
-        raise DataError(
-            f"{damaged} folder(s) are not as they were written. Restore the files named, or make them anew."
-        )
+        raise DataError(f"{damaged} folder(s) are not as they were written. Restore the files named or make them anew.")
 
 
 @app.command(cls=Command)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rho.corpus import CorpusConfig
 from rho.dynamics import DynamicsConfig
@@ -20,6 +20,7 @@ from rho.references.api import ApiConfig
 from rho.report.data import REFERENCE, is_reference, reference_folder
 from rho.runs import atomic_write
 from rho.score import ScoreConfig
+from rho.settings import assign, validated
 from rho.train import Arguments, References, TrainConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes part of a folder's name
@@ -322,7 +323,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(tree).__name__}.")
     for override in overrides:
-        _set(tree, override)
+        assign(tree, override)
     return validated(RunConfig, tree, str(path))
 
 
@@ -331,41 +332,3 @@ def save_config(config: RunConfig, path: Path) -> None:
     tree = config.model_dump(exclude_defaults=True)
     with atomic_write(path) as file:
         file.write(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
-
-
-def validated(kind: type[Any], tree: dict[str, Any], where: str) -> Any:
-    """`kind(**tree)`, with every problem named by its key."""
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        problems = [
-            f"  {'.'.join(map(str, e['loc'])) or '(whole)'}: {e['msg']}"
-            + (f", found {e['input']!r}" if not isinstance(e["input"], dict) else "")
-            for e in error.errors()
-        ]
-        raise ConfigError(f"{where}: {len(problems)} setting(s) can't be used:\n" + "\n".join(problems)) from None
-
-
-def assignments(pairs: Sequence[str], option: str = "--set") -> dict[str, Any]:
-    """`["a=1", "b.c=x"]` as `{"a": 1, "b": {"c": "x"}}`; values are YAML. `option` is where they come from."""
-    tree: dict[str, Any] = {}
-    for pair in pairs:
-        _set(tree, pair, option)
-    return tree
-
-
-def _set(tree: dict[str, Any], override: str, option: str = "--set") -> None:
-    key, separator, value = override.partition("=")
-    if not separator:
-        raise ConfigError(f"{option} {override}: expected name=value.")
-    *parents, last = key.split(".")
-    for parent in parents:
-        section = tree.get(parent, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"{option} {override}: '{parent}' is not a section.")
-        tree[parent] = dict(section)  # a copy: YAML's `*name` may have put it in several places
-        tree = tree[parent]
-    try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{option} {override}: the value is not YAML ({error}).") from error

@@ -1,5 +1,7 @@
 """The errors a user can cause. Each message says what was expected, what was found, where, and what to do."""
 
+from pathlib import Path
+
 
 class RhoError(Exception):
     """Base of every error that the command line prints without a traceback."""
@@ -23,3 +25,13 @@ class MismatchError(RhoError):
 
 class Stopped(RhoError):
     """A stage was asked to stop and did so in good order; the same command goes on. Not a failure."""
+
+
+def check_path_or_name(place: str) -> None:
+    """Refuse what is a path and leads nowhere: as a name on the Hub it would be asked for, several times.
+
+    Raises:
+        ConfigError: there is nothing, and no name on the Hub looks like this.
+    """
+    if not Path(place).exists() and (place.count("/") > 1 or place[:1] in "./~" or place.endswith(".json")):
+        raise ConfigError(f"{place}: no such file or folder (seen from {Path.cwd()}).")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
-from rho.errors import ConfigError, MismatchError
+from rho.errors import ConfigError, MismatchError, check_path_or_name
 from rho.linear_loss import Head
 from rho.runs import MANIFEST, hash_file, hash_json
 
@@ -86,8 +86,7 @@ def make_model(
         set_seed(seed)
         return _new_model({"vocab_size": vocab_size, **config.architecture}, dtype)
     path = str(config.path)
-    if not Path(path).is_dir() and (path.count("/") > 1 or path[:1] in "./~"):  # no name on the Hub looks like this
-        raise ConfigError(f"{path}: no such folder (seen from {Path.cwd()}).")
+    check_path_or_name(path)
     try:
         return AutoModelForCausalLM.from_pretrained(
             model_folder(path),
@@ -114,6 +113,7 @@ def skeleton(config: ModelConfig, vocab_size: int | None = None) -> PreTrainedMo
     with torch.device("meta"):
         if config.architecture is not None:
             return _new_model({"vocab_size": vocab_size, **config.architecture}, torch.float32)
+        check_path_or_name(str(config.path))
         try:
             revision, trusted = config.revision or "main", config.trust_remote_code
             path = model_folder(str(config.path))

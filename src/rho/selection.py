@@ -21,7 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from numbers import Real
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from rho.objective import IGNORE_INDEX, excess_loss, num_to_select, select_top
 Score = Literal["excess", "retrospective", "loss", "ref_loss", "ref_entropy", "random"]
 Scope = Literal["sequence", "batch", "step", "running", "dataset"]
 Weighting = Literal["mask", "softmax", "sigmoid", "exponential"]  # what can be said of a corpus
+AnyWeighting = Literal[Weighting, "loss_weights"]
 Combine = Literal["intersection", "union"]
 COLUMNS = ("ref_loss", "ref_entropy", "loss_weights")  # what rows may say of each token, float32
 
@@ -96,13 +98,16 @@ class Selector:
     schedule: Schedule | None = None
     second: Selector | None = None
     combine: Combine = "intersection"
-    weighting: Weighting | Literal["loss_weights"] = "mask"
+    weighting: AnyWeighting = "mask"
     temperature: float = 1.0
     clip: float = 5.0
     retention: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind in (("score", Score), ("scope", Scope), ("combine", Combine), ("weighting", AnyWeighting)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}; found {getattr(self, name)!r}")
         _check_ratio(self.ratio)
         if self.second is not None and (self.second.scope != self.scope or self.scope in ("running", "dataset")):
             raise ValueError(
@@ -113,7 +118,7 @@ class Selector:
             self.second.score, self.second.ratio, self.scope, self.second.schedule, seed=self.second.seed
         ):
             raise ValueError(
-                "of the second selection only score, ratio, schedule and seed count: give all else to the first"
+                "of the second selection only score, ratio, schedule and seed count: give the first the rest"
             )
         if self.scope == "dataset" and self.selective and self.score not in ("ref_loss", "ref_entropy"):
             raise ValueError(
@@ -299,8 +304,8 @@ class Selector:
 
 
 def _check_ratio(ratio: float) -> None:
-    if math.isnan(ratio) or not 0.0 < ratio <= 1.0:
-        raise ValueError(f"ratio must be in (0, 1], found {ratio}. 1.0 trains on every token.")
+    if not isinstance(ratio, Real) or not 0.0 < ratio <= 1.0:  # which not-a-number is not, either
+        raise ValueError(f"ratio must be in (0, 1], found {ratio!r}. 1.0 trains on every token.")
 
 
 def _flatten(scores: Sequence[Tensor], eligible: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

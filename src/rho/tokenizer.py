@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rho.errors import ConfigError, DataError
+from rho.errors import ConfigError, DataError, check_path_or_name
 from rho.progress import Advance, say, track
 from rho.runs import Manifest, hash_json, open_stage
 from rho.sources import SkippedRecord, TextField, read_documents, source_hashes
@@ -172,6 +172,7 @@ def _strings(found: dict[str, Any]) -> dict[str, str]:
 def _from_pretrained(name: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     from transformers import AutoTokenizer
 
+    check_path_or_name(name)
     try:
         loaded: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
