@@ -43,21 +43,22 @@ def ask(model: Path, questions: Path, out: Path, limit: int) -> list[dict[str, A
                 (Path(folder) / task.path).symlink_to((questions / task.path).resolve())
             config = SuiteConfig(suite=suite, limit=limit, max_gen_toks=1)  # nothing is written out
             made = evaluate_suite(config, [str(model)], out / suite, folder)
-        rows |= {row["task"]: {**row, "chance": chance(tasks[row["task"]], questions)} for row in made.facts["rows"]}
+        for row in made.facts["rows"]:
+            rows[row["task"]] = {**row, "chance": chance(tasks[row["task"]], questions, limit)}
     return list(rows.values())
 
 
-def chance(task: Task, questions: Path) -> float:
-    """How often guessing is right."""
+def chance(task: Task, questions: Path, limit: int) -> float:
+    """How often guessing is right, of the questions asked: the first `limit`."""
     field = CHOICES[str(task.template)]
-    numbers = [len(record[field]) for record in read_records(questions / task.path, [field])]
+    numbers = [len(record[field]) for record in read_records(questions / task.path, [field])][:limit]
     return sum(1 / number for number in numbers if number) / len(numbers)
 
 
 def main() -> None:
     """Ask every model that is there and was not asked yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", help=f"where the texts are, instead of {DATA}")
+    parser.add_argument("folder", nargs="?", help=f"where the texts are, instead of {DATA[0]}")
     parser.add_argument("--size", default="small", help="of recipes/evidence-SIZE.yaml, or the path of a recipe")
     parser.add_argument("--questions", type=int, default=500, help="of each task, at most")
     parser.add_argument("--out", type=Path, default=Path("runs"))
@@ -74,7 +75,7 @@ def main() -> None:
     for name, reference in config.references.items():
         label = reference_folder(name)
         models.append((label, reference.seed, pipeline.folder / label, identity.reference(name)))
-    questions, results = Path(options.folder or DATA) / "eval", options.results / f"ranking-{config.name}.jsonl"
+    questions, results = Path(options.folder or DATA[0]) / "eval", options.results / f"ranking-{config.name}.jsonl"
     for model, seed, folder, made in models:
         of = (model, seed, made, options.questions)
         known = [tuple(line[key] for key in ("model", "seed", "identity", "questions")) for line in read_lines(results)]

@@ -10,11 +10,13 @@ import pytest
 import yaml
 from evidence import Experiment, Identity, load_experiment
 from evidence_page import RECIPES, ranking, section
+from evidence_ranking import chance
 from evidence_results import at_equal, difference, read_lines, to_target
 
 from conftest import example_records, write_jsonl
 from rho import evaluate, score, train
 from rho.config import load_config
+from rho.suites import tasks_of
 
 STEPS = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
 
@@ -294,6 +296,13 @@ def test_settings_stand_side_by_side_over_the_seeds_that_their_arms_share(tmp_pa
         "| share of each sequence (2 seeds) | slm-06 -1.500, slm-05 -2.500 |",
         "| weights (1 seed) | slm-06 -3.000, soft -4.000 |",
     ]
+
+
+def test_what_guessing_gives_is_that_of_the_questions_asked(tmp_path):
+    [task] = [task for task in tasks_of("general") if task.name == "arc_easy"]
+    write_jsonl(tmp_path / task.path, [{"choices": ["x"] * number} for number in (2, 4, 5, 5)])
+    assert chance(task, tmp_path, limit=2) == pytest.approx((1 / 2 + 1 / 4) / 2)
+    assert chance(task, tmp_path, limit=9) == pytest.approx((1 / 2 + 1 / 4 + 2 / 5) / 4)
 
 
 def test_the_table_of_rankings_compares_means_over_the_tasks_seed_by_seed():
