@@ -177,20 +177,32 @@ class Experiment:
         lineage = self.config.lineage(arm)
         self.prepare(lineage)
         self.pipeline.train(arm, seed)
-        section, references = self.config.train.arms[arm], self.config.references
-        selecting = [one for one in lineage if self.config.train.arms[one].selector.columns]
-        names = sorted({name for one in selecting for name in self.config.references_of(one)})
-        trained = [name for name in names if references[name].corpus is not None]
+        names = sorted(self.selected_by(lineage))
+        trained = [name for name in names if self.config.references[name].corpus is not None]
         self.add(
             arm,
             seed,
             self.identity.run(arm, seed),
             [self.pipeline.train_folder(one, seed) for one in lineage],
             self.pipeline.checkpoints(arm, seed),
-            settings=_set(section),
-            reference_seconds={name: _seconds([self.folder / reference_folder(name)])[-1][1] for name in trained},
+            settings=_set(self.config.train.arms[arm]),
+            reference_seconds={name: _seconds(self.trainings(name))[-1][1] for name in trained},
             scoring_seconds={name: self.spent().get(name, 0.0) for name in names},
         )
+
+    def selected_by(self, arms: Sequence[str]) -> set[str]:
+        """The references that these arms cost: those that select for them, or for an arm that such a one goes on after."""
+        selecting = [arm for arm in arms if self.config.train.arms[arm].selector.columns]
+        names = {name for arm in selecting for name in self.config.references_of(arm)}
+        before = [after for name in names if (after := self.config.references[name].after) is not None]
+        return names.union(*(self.selected_by(self.config.lineage(arm)) for arm in before))
+
+    def trainings(self, name: str) -> list[Path]:
+        """The folders of all trainings that make a reference, in order."""
+        after = self.config.references[name].after
+        arms = [] if after is None else self.config.lineage(after)
+        first = self.config.train.seeds[0]
+        return [*(self.pipeline.train_folder(arm, first) for arm in arms), self.folder / reference_folder(name)]
 
     def prepare(self, arms: Sequence[str]) -> None:
         """Make the references that these arms need."""

@@ -175,6 +175,15 @@ def test_the_experiment_goes_on_where_it_was_stopped_and_records_every_run_once(
     assert "slm" in section(read_lines(tmp_path / "parts.jsonl"), tmp_path)
 
 
+def test_a_reference_costs_all_that_it_goes_on_after(recipe, tmp_path):
+    config = load(recipe, "train.arms.more={ratio: 0.5, references: {names: [second]}}")
+    experiment = Experiment(config, tmp_path, tmp_path / "toy.jsonl")
+    assert experiment.selected_by(["clm", "mixed"]) == set()
+    assert experiment.selected_by(["more"]) == {"second", "reference"}
+    assert [folder.name for folder in experiment.trainings("second")] == ["slm-seed0", "reference-second"]
+    assert [folder.name for folder in experiment.trainings("reference")] == ["reference"]
+
+
 def test_a_run_on_record_is_not_done_again_on_another_machine(recipe, tmp_path):
     config = load(recipe)
     line = {"model": "mixed", "identity": None}
