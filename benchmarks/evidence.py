@@ -191,7 +191,7 @@ class Experiment:
         )
 
     def selected_by(self, arms: Sequence[str]) -> set[str]:
-        """The references that these arms cost: those that select for them, or for an arm that such a one goes on after."""
+        """The references that these arms cost: those that select for them, or an arm they go on after."""
         selecting = [arm for arm in arms if self.config.train.arms[arm].selector.columns]
         names = {name for arm in selecting for name in self.config.references_of(arm)}
         before = [after for name in names if (after := self.config.references[name].after) is not None]
