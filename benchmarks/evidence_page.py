@@ -183,13 +183,14 @@ SETTINGS = {
     "what is ranked together": ["slm-06", "slm-06-batch", "slm-06-running", "slm-06-step"],
     "score": ["slm-06", "highest-loss-06", "low-reference-loss-07", "low-entropy-07", "low-both-07", "random-06"],
     "weights": ["slm-06", "soft", "retention"],
+    "weights, 0.4 of the step": ["slm-04-step", "slm-04-step-retention"],
     "share over time": ["slm-03", "slm-warm-up"],
     "reference": ["slm-06", "slm-06-brief", "slm-06-weak", "slm-06-cheap", "slm-06-two"],
     "reference, 0.4 of the step": ["slm-04-step", "slm-04-step-cheap", "slm-04-step-online"],
     "curated text as well": ["clm-mixed", "clm-then-curated", "slm-06-then-curated"],
 }
 
-SIDE_BY_SIDE = """Arms that differ in one thing: `test` loss less CLM's, means over the seeds that all of a line have.
+SIDE_BY_SIDE = """Arms that differ in one thing: loss less CLM's on {sets}, means over the seeds that all of a line have.
 
 | | less CLM |
 |---|---|
@@ -200,21 +201,20 @@ SIDE_BY_SIDE = """Arms that differ in one thing: `test` loss less CLM's, means o
 
 def side_by_side(runs: Runs) -> str:
     """The table of the settings of which two arms or more were run; nothing where there is none."""
-    rows = []
+    rows, sets = [], {"test": runs.tests, **{name: [name] for name in runs.others[:1]}}
     for setting, wanted in SETTINGS.items():
         arms = [arm for arm in wanted if arm in runs.lines]
         seeds = set.intersection(*(set(runs.lines[arm]) for arm in [BASE, *arms])) if BASE in runs.lines else set()
         if len(arms) < 2 or not seeds:
             continue
-        less = {
-            arm: statistics.fmean(
-                loss(runs.lines[arm][seed], runs.tests) - loss(runs.lines[BASE][seed], runs.tests) for seed in seeds
-            )
-            for arm in arms
-        }
-        count = f" ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-        rows.append([setting + count, ", ".join(f"{arm} {value:+.3f}" for arm, value in less.items())])
-    return SIDE_BY_SIDE.format(rows="\n".join(map(_row, rows))) if rows else ""
+        cells = []
+        for arm in arms:
+            pairs = [(runs.lines[arm][seed], runs.lines[BASE][seed]) for seed in seeds]
+            less = [statistics.fmean(each_seed(pairs, names)) for names in sets.values()]
+            cells.append(" / ".join([f"{arm} {less[0]:+.3f}", *(f"{value:+.3f}" for value in less[1:])]))
+        rows.append([f"{setting} ({len(seeds)} seed{'s' * (len(seeds) > 1)})", ", ".join(cells)])
+    named = " / ".join(f"`{name}`" for name in sets)
+    return SIDE_BY_SIDE.format(sets=named, rows="\n".join(map(_row, rows))) if rows else ""
 
 
 def about(recipe: Path) -> str:

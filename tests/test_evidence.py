@@ -300,10 +300,13 @@ def test_settings_stand_side_by_side_over_the_seeds_that_their_arms_share(tmp_pa
     assert "Arms that differ" not in section(lines, tmp_path)
     lines += [run("slm-05", seed, [3.0]) for seed in (0, 1)]
     lines += [run("soft", 2, [3.0])]
-    rows = [row for row in section(lines, tmp_path).splitlines() if "seeds) |" in row or "seed) |" in row]
+    lines[-1]["units"] |= {"general": {"nats": [80, 162], "tokens": [10, 20]}}  # one more a token than CLM's
+    page = section(lines, tmp_path)
+    assert "loss less CLM's on `test` / `general`, means" in page
+    rows = [row for row in page.splitlines() if "seeds) |" in row or "seed) |" in row]
     assert rows == [
-        "| share of each sequence (2 seeds) | slm-06 -1.500, slm-05 -2.500 |",
-        "| weights (1 seed) | slm-06 -3.000, soft -4.000 |",
+        "| share of each sequence (2 seeds) | slm-06 -1.500 / -1.500, slm-05 -2.500 / -2.500 |",
+        "| weights (1 seed) | slm-06 -3.000 / -3.000, soft -4.000 / +1.000 |",
     ]
 
 
