@@ -17,7 +17,6 @@ from evidence_results import (
     at_equal,
     difference,
     each_seed,
-    loss,
     losses,
     read_lines,
     to_target,
