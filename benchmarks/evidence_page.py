@@ -189,7 +189,7 @@ SETTINGS = {
     "curated text as well": ["clm-mixed", "clm-then-curated", "slm-06-then-curated"],
 }
 
-SIDE_BY_SIDE = """Arms that differ in one thing: loss less CLM's on {sets}, means over the seeds that all of a line have.
+SIDE_BY_SIDE = """Arms that differ in one thing: less CLM on {sets}, means over the seeds that all of a line have.
 
 | | less CLM |
 |---|---|

@@ -302,7 +302,7 @@ def test_settings_stand_side_by_side_over_the_seeds_that_their_arms_share(tmp_pa
     lines += [run("soft", 2, [3.0])]
     lines[-1]["units"] |= {"general": {"nats": [80, 162], "tokens": [10, 20]}}  # one more a token than CLM's
     page = section(lines, tmp_path)
-    assert "loss less CLM's on `test` / `general`, means" in page
+    assert "less CLM on `test` / `general`, means" in page
     rows = [row for row in page.splitlines() if "seeds) |" in row or "seed) |" in row]
     assert rows == [
         "| share of each sequence (2 seeds) | slm-06 -1.500 / -1.500, slm-05 -2.500 / -2.500 |",
