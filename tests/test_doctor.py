@@ -70,7 +70,7 @@ def test_a_model_is_examined_and_what_its_head_has_is_named(architecture: dict, 
     assert found["the loss's fast path"].works
     assert "its head has a scale, which only rho's own loss knows" in found["other libraries' losses"].note
     [missing] = examine_model(str(tmp_path / "nothing"))
-    assert not missing.works and "no such folder" in missing.note
+    assert not missing.works and "no such file or folder" in missing.note
 
 
 def test_the_command_prints_the_table(architecture: dict, tmp_path: Path) -> None:
