@@ -21,6 +21,7 @@ import os
 import platform
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from pydantic import BaseModel
 from rho.compare import BlockSums, read_blocks
 from rho.config import RunConfig, load_config, save_config
 from rho.corpus import Corpus, CorpusConfig
+from rho.errors import ConfigError, RhoError
 from rho.evaluate import Checkpoint, EvaluateConfig, checkpoints_of, evaluate
 from rho.models import source_hash
 from rho.pipeline import Pipeline
@@ -372,10 +374,13 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
     recipe = Path(options.size) if options.size.endswith(".yaml") else RECIPES / f"evidence-{options.size}.yaml"
     config = load_experiment(recipe, options.folder, options.overrides)
+    arms = options.arms or list(config.train.arms)
+    if unknown := [arm for arm in arms if arm not in config.train.arms]:
+        raise ConfigError(f"--arms: no arm {', '.join(unknown)} in {recipe}; found {', '.join(config.train.arms)}.")
     folder, results = options.out / config.name, options.results / f"{config.name}.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
     try:
-        Experiment(config, folder, results).run(options.arms or list(config.train.arms))
+        Experiment(config, folder, results).run(arms)
     except KeyboardInterrupt:
         say("stopped. What is finished is recorded, what is not goes on with the same command.")
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -384,4 +389,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RhoError as error:
+        sys.exit(f"error: {error}")
