@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -60,14 +61,18 @@ WALL = torch.accelerator.is_available()
 SECONDS = "seconds" if WALL else "cpu_seconds"  # in a step record
 
 
+def find_recipe(size: str) -> Path:
+    """The recipe of a size, or at a path."""
+    return Path(size) if size.endswith((".yaml", ".yml")) else RECIPES / f"evidence-{size}.yaml"
+
+
 def load_experiment(recipe: Path, folder: str | None, overrides: Sequence[str]) -> RunConfig:
     """A recipe, with its texts in `folder`."""
     config = load_config(recipe, overrides)
     if folder is None:
         return config
-    tree = json.dumps(_set(config))
-    for place in DATA:
-        tree = tree.replace(f'"{place}/', f"{json.dumps(str(Path(folder)))[:-1]}/")
+    moved = f"{json.dumps(str(Path(folder)))[:-1]}/"
+    tree = re.sub("|".join(f'"{re.escape(place)}/' for place in DATA), lambda _: moved, json.dumps(_set(config)))
     return validated(RunConfig, json.loads(tree), str(recipe))
 
 
@@ -160,8 +165,20 @@ class Experiment:
         of = (model, seed, identity)
         return any((line["model"], line["seed"], line["identity"]) == of for line in read_lines(self.results))
 
+    def lines(self) -> list[dict[str, Any]]:
+        """The results of just these settings and texts; the file may hold others of the same name."""
+        seeds, arms = self.config.train.seeds, self.config.train.arms
+        own = {(arm, seed, self.identity.run(arm, seed)) for arm in arms for seed in seeds}
+        for name, reference in self.config.references.items():
+            own.add((reference_folder(name), reference.seed, self.identity.reference(name)))
+        return [one for one in read_lines(self.results) if (one["model"], one["seed"], one["identity"]) in own]
+
     def run(self, arms: Sequence[str]) -> None:
         """Every run of these arms that is not recorded."""
+        if unknown := [arm for arm in arms if arm not in self.config.train.arms]:
+            raise ConfigError(
+                f"no arm {', '.join(unknown)} in {self.config.name}; found {', '.join(self.config.train.arms)}."
+            )
         seeds = self.config.train.seeds
         left = [
             (arm, seed) for arm in arms for seed in seeds if not self.recorded(arm, seed, self.identity.run(arm, seed))
@@ -169,8 +186,8 @@ class Experiment:
         say(f"{self.config.name}: {len(left)} of {len(arms) * len(seeds)} runs to do")
         if left:
             self.pipeline.begin()
-            save_config(self.config, self.folder / CONFIG)
             self.pipeline.corpora()
+            save_config(self.config, self.folder / CONFIG)
         for arm, seed in left:
             self.train(arm, seed)
 
@@ -180,15 +197,15 @@ class Experiment:
         self.prepare(lineage)
         self.pipeline.train(arm, seed)
         names = sorted(self.selected_by(lineage))
-        trained = [name for name in names if self.config.references[name].corpus is not None]
+        folders = [self.pipeline.train_folder(one, seed) for one in lineage]
         self.add(
             arm,
             seed,
             self.identity.run(arm, seed),
-            [self.pipeline.train_folder(one, seed) for one in lineage],
+            folders,
             self.pipeline.checkpoints(arm, seed),
             settings=_set(self.config.train.arms[arm]),
-            reference_seconds={name: _seconds(self.trainings(name))[-1][1] for name in trained},
+            reference_seconds=self.reference_seconds(names, folders),
             scoring_seconds={name: self.spent().get(name, 0.0) for name in names},
         )
 
@@ -199,12 +216,18 @@ class Experiment:
         before = [after for name in names if (after := self.config.references[name].after) is not None]
         return names.union(*(self.selected_by(self.config.lineage(arm)) for arm in before))
 
-    def trainings(self, name: str) -> list[Path]:
-        """The folders of all trainings that make a reference, in order."""
-        after = self.config.references[name].after
-        arms = [] if after is None else self.config.lineage(after)
-        first = self.config.train.seeds[0]
-        return [*(self.pipeline.train_folder(arm, first) for arm in arms), self.folder / reference_folder(name)]
+    def reference_seconds(self, names: Sequence[str], counted: Sequence[Path]) -> dict[str, float]:
+        """What the trainings of some references took, with the arms that they go on after; each folder counts once."""
+        found, counted, first = {}, [*counted], self.config.train.seeds[0]
+        for name in names:
+            reference = self.config.references[name]
+            if reference.corpus is None:  # a finished model
+                continue
+            arms = [] if reference.after is None else self.config.lineage(reference.after)
+            folders = [self.pipeline.train_folder(arm, first) for arm in arms] + [self.folder / reference_folder(name)]
+            found[name] = _seconds([folder for folder in folders if folder not in counted])[-1][1]
+            counted += folders
+        return found
 
     def prepare(self, arms: Sequence[str]) -> None:
         """Make the references that these arms need."""
@@ -360,7 +383,7 @@ def _device() -> str:
 def main() -> None:
     """Do what there is time for, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", help=f"where the texts are, instead of {DATA[0]}")
+    parser.add_argument("folder", nargs="?", help=f"where the texts are, instead of {' or '.join(DATA)}")
     parser.add_argument("--size", default="small", help="of recipes/evidence-SIZE.yaml, or the path of a recipe")
     parser.add_argument("--minutes", type=float, help="stop after so many")
     parser.add_argument("--arms", nargs="+", help="those of the recipe unless given")
@@ -368,24 +391,23 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="key.of.it=value in the recipe")
     options = parser.parse_args()
+    if options.minutes is not None and not options.minutes > 0:
+        parser.error(f"--minutes: expected more than 0, found {options.minutes}")
     if options.minutes is not None:  # Ctrl-C is what training answers with a checkpoint
         signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
         signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
         signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
-    recipe = Path(options.size) if options.size.endswith(".yaml") else RECIPES / f"evidence-{options.size}.yaml"
-    config = load_experiment(recipe, options.folder, options.overrides)
-    arms = options.arms or list(config.train.arms)
-    if unknown := [arm for arm in arms if arm not in config.train.arms]:
-        raise ConfigError(f"--arms: no arm {', '.join(unknown)} in {recipe}; found {', '.join(config.train.arms)}.")
+    config = load_experiment(find_recipe(options.size), options.folder, options.overrides)
     folder, results = options.out / config.name, options.results / f"{config.name}.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
+    experiment = Experiment(config, folder, results)
     try:
-        Experiment(config, folder, results).run(arms)
+        experiment.run(options.arms or list(config.train.arms))
     except KeyboardInterrupt:
         say("stopped. What is finished is recorded, what is not goes on with the same command.")
     signal.setitimer(signal.ITIMER_REAL, 0)
-    if results.is_file():
-        print(write_page(read_lines(results), folder))
+    if lines := experiment.lines():
+        print(write_page(lines, folder))
 
 
 if __name__ == "__main__":

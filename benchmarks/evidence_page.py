@@ -1,4 +1,4 @@
-"""The evidence as a page: tables and plots of the JSON lines that benchmarks/evidence.py wrote, and of nothing else."""
+"""The evidence as a page: tables of the JSON lines that benchmarks/evidence.py wrote, and of nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
-import numpy as np
+from evidence_plot import draw
 from evidence_results import (
     BASE,
     RESULTS,
@@ -17,17 +17,13 @@ from evidence_results import (
     at_equal,
     difference,
     each_seed,
+    has_curve,
     losses,
     read_lines,
     to_target,
 )
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from rho.report.data import is_reference
-from rho.report.plots import COLOURS, STYLE
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -45,7 +41,7 @@ itself stands below the arms: it is no arm, and may be of another size and train
 |---|---|---|---|
 {arms}
 
-| arm | test | less CLM | each seed | less random, each seed | {others} | selected |
+| arm | test | less CLM | each seed | less random, each seed |{others} selected |
 |---|---|---|---|---|{rule}---|
 {main}
 
@@ -55,7 +51,7 @@ itself stands below the arms: it is no arm, and may be of another size and train
 |---|{set_rule}
 {by_set}
 
-What it takes to come down to CLM's final loss on `{target}` (other documents of the same sources), as shares of what
+What it takes to come down to CLM's final loss on `{target}`{documents}, as shares of what
 CLM of the same seed took, interpolated between checkpoints, means over the seeds. Seconds are {clock} ({devices}); *all
 counted* adds training and scoring of the references that an arm uses ({spent}). On the right the
 loss on `{target}` less CLM's: at as many tokens trained on (of a CLM whose learning rate has not yet come down), at
@@ -89,20 +85,19 @@ def section(lines: Sequence[Line], folder: Path) -> str:
     sets = [*runs.tests, *runs.others]
     sizes = {name: int(sum(runs.first["units"][name]["tokens"])) for name in runs.tests}
     columns = [f"{tokens / 1e6:.3g}" for tokens in runs.first["curve"]["tokens"]]
-    recipe = RECIPES / f"{runs.name}.yaml"
-    size = runs.name.removeprefix("evidence-") if recipe.is_file() else f"PATH/OF/THE/RECIPE/OF/{runs.name}.yaml"
     draw(runs, folder / f"{runs.name}.svg")
     return PAGE.format(
         title=runs.name,
-        about=about(recipe),
+        about=about(recipe_of(runs.name)),
         parameters=runs.first["parameters"] / 1e6,
         tokens=runs.first["train_tokens"] / 1e6,
         seeds=f"seed{'s' * (len(runs.first['seeds']) > 1)} {', '.join(map(str, runs.first['seeds']))}",
         arms="\n".join(_row(arm_cells(runs, model)) for model in models),
         tests=", ".join(f"{name} {size:,} tokens" for name, size in sizes.items()),
         target=runs.first["target"],
-        command=f"python benchmarks/evidence.py --size {size}",
-        others=" | ".join(f"`{name}`, less CLM" for name in runs.others),
+        documents="" if runs.first["target"] in runs.tests else " (other documents of the same sources)",
+        command=command("evidence.py", runs.name),
+        others="".join(f" `{name}`, less CLM |" for name in runs.others),
         rule="---|" * len(runs.others),
         main="\n".join(_row(main_cells(runs, model)) for model in models),
         side_by_side=side_by_side(runs),
@@ -120,6 +115,19 @@ def section(lines: Sequence[Line], folder: Path) -> str:
         curves="\n".join(_row([m, *curve_cells(runs, m)]) for m in models if has_curve(runs, m)),
         hashes=", ".join(f"{name} {value[:12]}" for name, value in sorted(hashes(everything).items())),
     )
+
+
+def recipe_of(experiment: str) -> Path:
+    """Where the recipe of an experiment is, if it is one of ours."""
+    return RECIPES / f"{experiment}.yaml"
+
+
+def command(script: str, experiment: str) -> str:
+    """What makes an experiment again."""
+    recipe = recipe_of(experiment)
+    folder = "FOLDER " if recipe.is_file() and "my-texts/" in recipe.read_text() else ""
+    size = experiment.removeprefix("evidence-") if recipe.is_file() else f"PATH/OF/THE/RECIPE/OF/{experiment}.yaml"
+    return f"python benchmarks/{script} {folder}--size {size}"
 
 
 SCORES = {
@@ -252,44 +260,10 @@ def hashes(runs: Iterable[Line]) -> dict[str, str]:
     return found
 
 
-def has_curve(runs: Runs, model: str) -> bool:
-    """Whether a model was evaluated at as many tokens as the first one."""
-    curves = [run["curve"]["tokens"] for run in runs.of(model)]
-    return all(curve == runs.first["curve"]["tokens"] for curve in curves)
-
-
 def curve_cells(runs: Runs, model: str) -> list[str]:
     """Losses along the way, means over the seeds."""
     curves = [run["curve"]["loss"] for run in runs.of(model)]
     return [_mean(values) for values in zip(*curves, strict=True)]
-
-
-def draw(runs: Runs, path: Path) -> None:
-    """Curves of the first arms (the mean over the seeds, thin lines each seed), and every arm's difference from CLM."""
-    others = [model for model in runs.arms if model != BASE]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9.2, max(3.2, 0.22 * len(others) + 1)), layout="constrained")
-        FigureCanvasSVG(figure)
-        curves, dots = figure.subplots(1, 2, width_ratios=[3, 2])
-        shown = [model for model in runs.arms if has_curve(runs, model)]
-        for model, colour in zip(shown, COLOURS, strict=False):
-            found = [run["curve"] for run in runs.of(model)]
-            curves.plot(found[0]["tokens"], np.mean([one["loss"] for one in found], 0), color=colour, label=model)
-            for one in found:
-                curves.plot(one["tokens"], one["loss"], color=colour, linewidth=0.5, alpha=0.6)
-        curves.set(xlabel="tokens processed", ylabel=f"loss on {runs.first['target']}")
-        curves.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if shown:
-            curves.legend(frameon=False, fontsize=7)
-        for row, model in enumerate(others):
-            values = each_seed(runs.pairs(model, BASE), runs.tests)
-            dots.plot(values, [row] * len(values), "o", color=COLOURS[0], markersize=3)
-        dots.axvline(0, color="#222222", linewidth=1)
-        dots.set_yticks(range(len(others)), others, fontsize=7)
-        dots.invert_yaxis()
-        dots.set(xlabel="loss on test less CLM's, a dot each seed")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 INTRODUCTION = """## The evidence
@@ -333,7 +307,7 @@ Multiple choice: how often the right answer is the likeliest, of at most {questi
 seeds. *Less CLM*: of the mean over the tasks, seed by seed. For one model the standard error of a task's number is
 about {error:.1%}, that of the mean over the tasks {of_mean:.1%}: smaller differences say nothing.
 
-    python benchmarks/evidence_ranking.py --size {size}
+    {command}
 
 | arm | {tasks} | mean | less CLM, each seed |
 |---|{rule}---|---|
@@ -362,7 +336,7 @@ def ranking(lines: Sequence[Line]) -> str:
         questions=lines[-1]["questions"],
         error=mean(tasks, "stderr"),
         of_mean=sum(row["stderr"] ** 2 for row in tasks) ** 0.5 / len(tasks),
-        size=lines[0]["experiment"].removeprefix("evidence-"),
+        command=command("evidence_ranking.py", lines[0]["experiment"]),
         tasks=" | ".join(row["title"] for row in tasks),
         rule="---|" * len(tasks),
         rows="\n".join(map(_row, rows)),
@@ -402,12 +376,10 @@ def cost_cells(runs: Runs, model: str) -> list[str]:
     if len(reached) == len(pairs) > 0:
         shares = [bound + _mean([one[what] for one in reached], 2) for what in ("tokens", "selected", "seconds", "all")]
     else:
-        shares = [f"reached by {len(reached)} of {len(pairs)}", "", "", ""]
+        shares = [f"reached by {len(reached)} of {len(pairs)}" if pairs else "-", "", "", ""]
     equal = [at_equal(run, base) for run, base in pairs]
-    differences = [
-        _signed([statistics.fmean(one[what] for one in equal)]) if all(one[what] is not None for one in equal) else "-"
-        for what in ("selected", "seconds", "all")
-    ]
+    found = [[one[what] for one in equal] for what in ("selected", "seconds", "all")]
+    differences = [_signed([statistics.fmean(values)]) if values and None not in values else "-" for values in found]
     return [model, *shares, *differences]
 
 

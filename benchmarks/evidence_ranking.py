@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
-from evidence import DATA, Identity, is_complete, load_experiment
-from evidence_page import RECIPES
+from evidence import DATA, Identity, find_recipe, is_complete, load_experiment
 from evidence_results import RESULTS, read_lines
 
+from rho.errors import RhoError
 from rho.pipeline import Pipeline
 from rho.progress import say
 from rho.report.data import reference_folder
@@ -58,14 +59,13 @@ def chance(task: Task, questions: Path, limit: int) -> float:
 def main() -> None:
     """Ask every model that is there and was not asked yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", help=f"where the texts are, instead of {DATA[0]}")
+    parser.add_argument("folder", nargs="?", help=f"where the texts are, instead of {' or '.join(DATA)}")
     parser.add_argument("--size", default="small", help="of recipes/evidence-SIZE.yaml, or the path of a recipe")
     parser.add_argument("--questions", type=int, default=500, help="of each task, at most")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines")
     options = parser.parse_args()
-    recipe = Path(options.size) if options.size.endswith(".yaml") else RECIPES / f"evidence-{options.size}.yaml"
-    config = load_experiment(recipe, options.folder, [])
+    config = load_experiment(find_recipe(options.size), options.folder, [])
     pipeline, identity = Pipeline(config, options.out / config.name), Identity(config)
     models = [
         (arm, seed, pipeline.train_folder(arm, seed), identity.run(arm, seed))
@@ -89,4 +89,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RhoError as error:
+        sys.exit(f"error: {error}")

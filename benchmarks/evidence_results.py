@@ -59,6 +59,12 @@ class Runs:
         return [(own[seed], others[seed]) for seed in sorted(own.keys() & others.keys())]
 
 
+def has_curve(runs: Runs, model: str) -> bool:
+    """Whether a model was evaluated at as many tokens as the first one."""
+    curves = [run["curve"]["tokens"] for run in runs.of(model)]
+    return all(curve == runs.first["curve"]["tokens"] for curve in curves)
+
+
 def loss(run: Line, sets: Sequence[str]) -> float:
     """Final loss on the tokens of some sets together."""
     nats, tokens = (sum(sum(run["units"][name][of]) for name in sets) for of in ("nats", "tokens"))

@@ -186,6 +186,7 @@ def test_an_override_that_can_not_be_understood_is_shown(load, override, message
         (b"", "expected a mapping of settings, found NoneType"),
         (b"hello", "expected a mapping of settings, found str"),
         (b"a: [1", "not readable as YAML"),
+        (b"a: 2024-13-45", "not readable as YAML"),
         (b"\xff\xfe\x00", "not readable as YAML"),
     ],
 )

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from evidence import Experiment, Identity, load_experiment
-from evidence_page import RECIPES, ranking, section
+from evidence import SECONDS, Experiment, Identity, load_experiment
+from evidence_page import RECIPES, command, ranking, section
 from evidence_ranking import chance
 from evidence_results import at_equal, difference, read_lines, to_target
 
 from conftest import example_records, write_jsonl
 from rho import evaluate, score, train
 from rho.config import load_config
+from rho.errors import ConfigError
 from rho.suites import tasks_of
 
 STEPS = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
@@ -86,6 +87,14 @@ def test_the_recipe_for_texts_of_ones_own_takes_them_from_the_folder_given(tmp_p
         "target": [f"{tmp_path}/heldout"],
     }
     assert list(config.train.arms) == ["clm", "slm", "random"]
+    assert command("evidence.py", "evidence-own") == "python benchmarks/evidence.py FOLDER --size own"
+
+
+def test_the_folder_given_may_have_any_name():
+    config = load_experiment(RECIPES / "evidence-smoke.yaml", "my-texts/sub", [])
+    assert config == load_config(RECIPES / "evidence-smoke.yaml")  # its texts are in no folder
+    config = load_experiment(RECIPES / "evidence-small.yaml", 'my-texts/"a"', [])
+    assert config.corpora["curated"].sources == ['my-texts/"a"/reference/train.jsonl.gz']
 
 
 def test_a_run_is_the_same_wherever_its_texts_are_and_whatever_other_arms_do(recipe):
@@ -166,8 +175,9 @@ def test_the_experiment_goes_on_where_it_was_stopped_and_records_every_run_once(
     for one, other in zip(whole, parts, strict=True):
         for line in (one, other):
             assert line["curve"].pop("seconds")[-1] > 0
+            selective = line["model"] in ("slm", "later")
             for key in ("reference_seconds", "scoring_seconds"):
-                line.pop(key, None)
+                assert set(line.pop(key, ())) == ({"reference"} if selective else set())
             for name in ("reference", "second"):
                 line["hashes"].pop(f"scores:{name}", None)  # they name the reference by its folder
         assert one == other
@@ -175,13 +185,49 @@ def test_the_experiment_goes_on_where_it_was_stopped_and_records_every_run_once(
     assert "slm" in section(read_lines(tmp_path / "parts.jsonl"), tmp_path)
 
 
-def test_a_reference_costs_all_that_it_goes_on_after(recipe, tmp_path):
-    config = load(recipe, "train.arms.more={ratio: 0.5, references: {names: [second]}}")
+def steps(folder: Path, seconds: float) -> None:
+    folder.mkdir(parents=True)
+    line = {"step": 1, SECONDS: seconds}
+    (folder / "steps.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def test_a_reference_costs_all_that_it_goes_on_after_but_nothing_twice(recipe, tmp_path):
+    after = "references.third={corpus: curated, after: later}"
+    config = load(recipe, "train.arms.more={ratio: 0.5, references: {names: [second, third]}}", after)
     experiment = Experiment(config, tmp_path, tmp_path / "toy.jsonl")
     assert experiment.selected_by(["clm", "mixed"]) == set()
-    assert experiment.selected_by(["more"]) == {"second", "reference"}
-    assert [folder.name for folder in experiment.trainings("second")] == ["slm-seed0", "reference-second"]
-    assert [folder.name for folder in experiment.trainings("reference")] == ["reference"]
+    assert experiment.selected_by(["more"]) == {"second", "third", "reference"}
+    for power, name in enumerate(["train/slm-seed0", "train/later-seed0", *(f"reference{n}" for n in ("", "-second"))]):
+        steps(tmp_path / name, 10.0**power)
+    steps(tmp_path / "reference-third", 1e4)
+    names = ["reference", "second", "third"]
+    found = experiment.reference_seconds(names, counted=[])
+    assert found == {"reference": 100.0, "second": 1001.0, "third": 10010.0}
+    found = experiment.reference_seconds(names[1:], counted=[tmp_path / "train" / "slm-seed0"])
+    assert found == {"second": 1000.0, "third": 10010.0}
+
+
+def test_an_arm_that_the_recipe_has_not_is_named(recipe, tmp_path):
+    with pytest.raises(ConfigError, match="no arm slmm in toy; found clm, slm, mixed, later"):
+        Experiment(load(recipe), tmp_path / "run", tmp_path / "toy.jsonl").run(["clm", "slmm"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_page_is_of_one_experiments_runs_alone(recipe, tmp_path):
+    experiments = [
+        Experiment(load(recipe, o), tmp_path, tmp_path / "toy.jsonl") for o in ("name=a", "train.arms.slm.ratio=0.3")
+    ]
+    runs = [("mixed", 0), ("slm", 1)]
+    lines = [
+        {"model": arm, "seed": seed, "identity": one.identity.run(arm, seed)}
+        for one in experiments
+        for arm, seed in runs
+    ]
+    lines.append({"model": "reference", "seed": 0, "identity": experiments[0].identity.reference("reference")})
+    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mixed, slm, same, other, reference = lines
+    assert experiments[0].lines() == [mixed, slm, same, reference]
+    assert experiments[1].lines() == [mixed, same, other, reference]
 
 
 def test_a_run_on_record_is_not_done_again_on_another_machine(recipe, tmp_path):
@@ -237,6 +283,30 @@ def test_a_curve_that_begins_below_the_goal_gives_an_upper_bound(tmp_path):
     assert "| later | ≤ 0.50 | ≤ 0.50 | ≤ 0.50 | ≤ 0.50 |" in page
     assert "| reached | 0.75 | 0.75 | 0.75 | 0.75 |" in page
     assert "--size PATH/OF/THE/RECIPE/OF/evidence-toy.yaml" in page  # there is no such recipe in recipes/
+
+
+def test_one_seed_that_begins_below_the_goal_makes_the_mean_a_bound(tmp_path):
+    lines = [run(arm, seed, losses) for arm, of in CURVES.items() for seed, losses in enumerate(of)]
+    assert "| slm | ≤ 0.62 | ≤ 0.62 |" in section(lines, tmp_path)
+
+
+CURVES = {"clm": [[5.0, 4.0], [5.0, 4.0]], "slm": [[3.0, 2.0], [4.5, 3.5]]}
+
+
+@pytest.mark.parametrize("sets", [("test-a", "general", "test-b"), ("test-a",), ("test-a", "noisy", "general")])
+def test_the_rows_of_a_table_have_as_many_cells_as_its_head(tmp_path, sets):
+    lines = [run(arm, seed, losses) for arm, of in CURVES.items() for seed, losses in enumerate(of)]
+    for line in lines:
+        line["final"] = dict.fromkeys(sets, line["final"]["general"])
+        line["units"] = dict.fromkeys(sets, line["units"]["general"])
+    tables = [part.splitlines() for part in section(lines, tmp_path).split("\n\n") if part.startswith("|")]
+    assert len(tables) >= 6
+    assert all(len({row.count("|") for row in table}) == 1 for table in tables)
+
+
+def test_an_arm_may_be_done_before_plain_training(tmp_path):
+    page = section([run("slm", 0, [4.0, 1.0])], tmp_path)
+    assert "| slm | - |  |  |  | - | - | - |" in page
 
 
 def test_losses_at_equal_cost():
@@ -341,4 +411,6 @@ def test_the_table_of_rankings_compares_means_over_the_tasks_seed_by_seed():
         "| clm | 25.0% | 55.0% | 40.0% | - |",
         "| slm | 35.0% | 50.0% | 42.5% | +5.0% +0.0% |",
     ]
-    assert "about 2.0%, that of the mean over the tasks 1.4%" in page and "--size toy" in page
+    assert (
+        "about 2.0%, that of the mean over the tasks 1.4%" in page and "benchmarks/evidence_ranking.py --size" in page
+    )

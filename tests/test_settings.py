@@ -31,6 +31,7 @@ class Whole(Section):
     ("tree", "message"),
     [
         ({"kimd": 3}, "  kimd: no such setting, found 3; did you mean kind?"),
+        ({"selectr": {"ratio": 1}}, "  selectr: no such setting; did you mean selector?"),
         ({"zzz": 3}, "  zzz: no such setting, found 3; there are kind, named, selector, sources"),
         (
             {"named": {"x": {"place": "a", "max_token": 1}}},
@@ -50,6 +51,16 @@ def test_a_setting_that_can_not_be_used_is_named_with_the_nearest(tree, message)
         validated(Whole, tree, "here")
     assert str(caught.value).startswith("here: ")
     assert message in str(caught.value)
+
+
+def test_the_short_form_of_a_setting_is_known_too():
+    with pytest.raises(ConfigError, match=r"  refernce: no such setting; did you mean reference\?"):
+        validated(RunConfig, {"refernce": {"corpus": "a"}}, "here")
+
+
+def test_a_date_that_is_none_is_no_value():
+    with pytest.raises(ConfigError, match=r"--set a=2024-13-45: the value is not YAML \(month must be in 1"):
+        assignments(["a=2024-13-45"])
 
 
 def test_a_problem_of_the_whole_has_no_key():

@@ -1,6 +1,7 @@
 """Tokenizers: loaded from anywhere, trained here, and the same under the same fingerprint."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,12 @@ def test_a_place_without_tokenizer_is_an_error(tmp_path):
         Tokenizer.load(tmp_path)
     with pytest.raises(ConfigError, match="No file or folder of that name is in"):
         Tokenizer.load("no/such-tokenizer")
+
+
+@pytest.mark.parametrize("stage", ["model", "tokenizer"])
+def test_a_stage_folder_stands_for_the_tokenizer_in_it(tokenizer_folder, tmp_path, stage):
+    shutil.copytree(tokenizer_folder, tmp_path / stage)
+    assert Tokenizer.load(tmp_path).fingerprint == Tokenizer.load(tokenizer_folder).fingerprint
 
 
 @pytest.mark.parametrize("place", ["models/of/mine", "./mine", "/mine", "~/mine", "tokenizer.json"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from rho.corpus import CorpusConfig
 from rho.dynamics import DynamicsConfig
@@ -172,7 +172,9 @@ class RunConfig(_Section):
     tokenizer: TokenizerSection
     corpora: dict[Name, CorpusConfig] = Field(min_length=1)
     model: ModelConfig
-    references: dict[Name, ReferenceSection] = Field(min_length=1)
+    references: dict[Name, ReferenceSection] = Field(
+        min_length=1, validation_alias=AliasChoices("references", "reference")
+    )
     corpus: str
     target: str
     score: ScoreSection = ScoreSection()
@@ -318,7 +320,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # not text, or a date that is none
         raise ConfigError(f"{path}: not readable as YAML ({error}).") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(tree).__name__}.")

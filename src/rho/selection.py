@@ -303,7 +303,8 @@ class Selector:
 
 def _check_ratio(ratio: float) -> None:
     if not isinstance(ratio, Real) or not 0.0 < ratio <= 1.0:  # which not-a-number is not, either
-        raise ValueError(f"ratio must be in (0, 1], found {ratio!r}. 1.0 trains on every token.")
+        no_number = "" if isinstance(ratio, Real) else ", no plain number"
+        raise ValueError(f"ratio must be in (0, 1], found {ratio!r}{no_number}. 1.0 trains on every token.")
 
 
 def _flatten(scores: Sequence[Tensor], eligible: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

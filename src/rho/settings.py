@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 
 from rho.errors import ConfigError
 
@@ -30,18 +30,25 @@ def _problem(kind: type[Any], error: Any) -> str:
     found = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
     if error["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
         return place + error["msg"].removeprefix("Value error, ") + found
-    known = _settings(kind, section)
+    known = _names(kind, section)
     near = get_close_matches(str(key), known, 1)
     expected = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
     return f"{place}no such setting{found}; {expected}"
 
 
-def _settings(kind: Any, place: Sequence[str | int]) -> list[str]:
+def _names(kind: Any, place: Sequence[str | int]) -> list[str]:
     """Names of the settings of the section at a place in `kind`; of a union, of all its sections."""
     kinds = [kind]
     for key in place:
         kinds = [inner for one in kinds for inner in _inside(one, key)]
-    return list(dict.fromkeys(name for one in kinds for name in _fields(one)))
+    found = [_choices(one, name) for one in kinds for name in _fields(one)]
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
+def _choices(kind: Any, name: str) -> list[Any]:
+    """What a setting may be called."""
+    alias = None if is_dataclass(kind) else kind.model_fields[name].validation_alias
+    return alias.choices if isinstance(alias, AliasChoices) else [name]
 
 
 def _fields(kind: Any) -> dict[str, Any]:
@@ -91,5 +98,5 @@ def assign(tree: dict[str, Any], override: str, option: str = "--set") -> None:
         tree = tree[parent]
     try:
         tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second: a date that is none
         raise ConfigError(f"{option} {override}: the value is not YAML ({error}).") from error

@@ -40,7 +40,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], eos: str | None = None) -> Tokenizer:
-        """Load a `tokenizer.json`, a folder (of a tokenizer, model or corpus), or a Hugging Face name.
+        """Load a `tokenizer.json`, a folder (of a tokenizer or model, or of a stage), or a Hugging Face name.
 
         Args:
             path: where it is.
@@ -50,12 +50,13 @@ class Tokenizer:
             ConfigError: nothing loadable there, or no end-of-document token known.
         """
         file = Path(path)
+        stages = (file, file / "model", file / "tokenizer")  # where rho's own folders hold it
+        folder = next((folder for folder in stages if (folder / "tokenizer.json").is_file()), None)
         named: dict[str, str] = {}
         if file.is_file():
             backend = _from_file(file)
-        elif (file / "tokenizer.json").is_file():  # the file itself, not what a model's tokenizer class makes of it
-            backend = _from_file(file / "tokenizer.json")
-            named = _named(file)
+        elif folder is not None:  # the file itself, not what a model's tokenizer class makes of it
+            backend, named = _from_file(folder / "tokenizer.json"), _named(folder)
         else:
             backend, named = _from_pretrained(str(path))
         backend.no_truncation()  # some files carry the settings of somebody's last batch
