@@ -293,7 +293,6 @@ class Experiment:
             "model": model,
             "seed": seed,
             "identity": identity,
-            "seeds": self.config.train.seeds,
             "parameters": _parameters(folders[-1] / "model"),
             "train_tokens": last.tokens_seen,
             "ratio": round(sum(one["selected"] for one in steps) / sum(one["eligible"] for one in steps), 4),

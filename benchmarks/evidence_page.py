@@ -84,6 +84,7 @@ def section(lines: Sequence[Line], folder: Path) -> str:
     everything = [run for model in models for run in runs.of(model)]
     sets = [*runs.tests, *runs.others]
     sizes = {name: int(sum(runs.first["units"][name]["tokens"])) for name in runs.tests}
+    seeds = sorted({run["seed"] for arm in runs.arms for run in runs.of(arm)})
     columns = [f"{tokens / 1e6:.3g}" for tokens in runs.first["curve"]["tokens"]]
     draw(runs, folder / f"{runs.name}.svg")
     return PAGE.format(
@@ -91,7 +92,7 @@ def section(lines: Sequence[Line], folder: Path) -> str:
         about=about(recipe_of(runs.name)),
         parameters=runs.first["parameters"] / 1e6,
         tokens=runs.first["train_tokens"] / 1e6,
-        seeds=f"seed{'s' * (len(runs.first['seeds']) > 1)} {', '.join(map(str, runs.first['seeds']))}",
+        seeds=f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
         arms="\n".join(_row(arm_cells(runs, model)) for model in models),
         tests=", ".join(f"{name} {size:,} tokens" for name, size in sizes.items()),
         target=runs.first["target"],
@@ -283,7 +284,7 @@ changes with neither micro-batches nor devices. Partly by one seed, as the table
 
 - a ratio of 0.3 to 0.4 where the text is as mixed as this, ranked over the step where a step is one micro-batch (with
   accumulation that costs a second forward; at 0.3 it hardly matters). The paper's 0.6 gives up less elsewhere;
-- where other text must not suffer, a retention of 0.1: a third of what is given up, nine tenths of the gain;
+- where other text must not suffer, a retention of 0.1: a third of what is given up, nine tenths of the gain or more;
 - no schedule: coming down to a share was worse than starting with it;
 - a small reference, trained for a fraction of an epoch, before anything dearer; online, if the corpus is read once;
 - curated text in the corpus wherever it may be there: selection comes on top, not instead.

@@ -248,7 +248,6 @@ def run(model: str, seed: int, losses: list[float], **more) -> dict:
         "target": "target",
         "model": model,
         "seed": seed,
-        "seeds": [0, 1],
         "parameters": 1000,
         "train_tokens": 100 * len(losses),
         "ratio": 0.5,
