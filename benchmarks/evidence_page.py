@@ -294,7 +294,7 @@ changes with neither micro-batches nor devices. Partly by one seed, as the table
 def sections(folder: Path) -> list[str]:
     """Every experiment on record, the smallest model first; plots go to `folder`."""
     found = [lines for file in RESULTS.glob("evidence-*.jsonl") if (lines := read_lines(file))]
-    found.sort(key=lambda lines: (lines[-1]["parameters"], lines[-1]["experiment"]))
+    found.sort(key=lambda lines: (max(line["parameters"] for line in lines), lines[0]["experiment"]))
     pages = []
     for lines in found:
         name = lines[0]["experiment"]
