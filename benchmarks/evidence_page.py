@@ -286,8 +286,9 @@ changes with neither micro-batches nor devices. Partly by one seed, as the table
   accumulation that costs a second forward; at 0.3 it hardly matters). The paper's 0.6 gives up less elsewhere;
 - where other text must not suffer, a retention of 0.1: a third of what is given up, nine tenths of the gain or more;
 - no schedule: coming down to a share was worse than starting with it;
-- a small reference, trained for a fraction of an epoch, before anything dearer; online, if the corpus is read once; a
-  better one for a longer run, in which the model catches up with it (5 M tokens: half the gain);
+- a small reference, trained for a fraction of an epoch, before anything dearer; online, if the corpus is read once. In
+  a longer run the model catches up with it (5 M tokens, one seed: half the gain); whether a better one helps there is
+  not measured;
 - curated text in the corpus wherever it may be there: selection comes on top, not instead.
 """
 

@@ -117,7 +117,7 @@ class Selector:
         if self.second is not None and self.second != Selector(
             self.second.score, self.second.ratio, self.scope, self.second.schedule, seed=self.second.seed
         ):
-            raise ValueError("of the second selection only score, ratio, schedule and seed count")
+            raise ValueError("of `second` only score, ratio, schedule and seed count: give all else to the first")
         if self.scope == "dataset" and self.selective and self.score not in ("ref_loss", "ref_entropy"):
             raise ValueError(
                 f"scope dataset needs a score that does not change: ref_loss or ref_entropy, not {self.score}"
