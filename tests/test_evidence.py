@@ -203,6 +203,7 @@ def test_a_reference_costs_all_that_it_goes_on_after_but_nothing_twice(recipe, t
     names = ["reference", "second", "third"]
     found = experiment.reference_seconds(names, counted=[])
     assert found == {"reference": 100.0, "second": 1001.0, "third": 10010.0}
+    assert experiment.reference_seconds(["third"], counted=[]) == {"third": 10011.0}  # slm, later, and itself
     found = experiment.reference_seconds(names[1:], counted=[tmp_path / "train" / "slm-seed0"])
     assert found == {"second": 1000.0, "third": 10010.0}
 
