@@ -36,7 +36,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from evidence_page import RECIPES, write_page
-from evidence_results import RESULTS, read_lines
+from evidence_results import RESULTS, UNIT, read_lines
 from filelock import FileLock
 from pydantic import BaseModel
 
@@ -56,7 +56,6 @@ from rho.tokenizer import Tokenizer
 from rho.train import DEFAULT_ARGUMENTS
 
 DATA = ("../shared/data", "my-texts")  # in the recipes
-UNIT = 2048  # tokens of held-out text whose losses are kept as one sum: what the bootstrap draws
 WALL = torch.accelerator.is_available()
 SECONDS = "seconds" if WALL else "cpu_seconds"  # in a step record
 

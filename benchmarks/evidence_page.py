@@ -11,7 +11,8 @@ from pathlib import Path
 from evidence_plot import draw
 from evidence_results import (
     BASE,
-    RESULTS,
+    STRETCH,
+    UNIT,
     Line,
     Runs,
     at_equal,
@@ -19,7 +20,7 @@ from evidence_results import (
     each_seed,
     has_curve,
     losses,
-    read_lines,
+    over_seeds,
     to_target,
 )
 
@@ -27,37 +28,50 @@ from rho.report.data import is_reference
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
+HOW_TO_READ = """Losses are nats a token on `test`: the sets whose names begin so, their tokens together; `target` are
+other documents of the same sources, looked at along the way. *Less CLM* is the mean difference from plain training
+(CLM) of the same seed, which starts from the same weights: negative is better, and best stands first. After ± stands
+the 95 % interval over other seeds (Student's t, from three on), in brackets that over other held-out text, given these
+runs (paired bootstrap of stretches of {stretch:,} tokens). An arm with fewer values under *each seed* was not run with
+the other seeds yet: compare it seed by seed, not by its mean. A reference is trained once; what it loses itself stands
+below the arms: it is no arm, and may be of another size and trained on more.
+"""
+
 PAGE = """## {title}
 
-{about}{parameters:.3g} M parameters, {tokens:.3g} M tokens a run unless the table of arms says otherwise, {seeds}; the
-arms of a seed start from the same weights. Losses are nats a token on `test` ({tests}: their tokens together).
-*Less CLM* is the mean difference over the seeds, with its 95 % interval over held-out text (paired bootstrap). An arm
-with fewer values under *each seed* was not run with the other seeds yet. A reference is trained once; what it loses
-itself stands below the arms: it is no arm, and may be of another size and trained on more.
+{about}{parameters:.3g} M parameters, {tokens:.3g} M tokens a run unless the table of arms says otherwise, {seeds}.
+`test` has {tests}.
 
     {command}
+
+<details><summary>What the arms are</summary>
 
 | arm | what it is | trained on | M tokens |
 |---|---|---|---|
 {arms}
 
+</details>
+
 | arm | test | less CLM | each seed | less random, each seed |{others} selected |
 |---|---|---|---|---|{rule}---|
 {main}
 
-{side_by_side}By set, means over the seeds:
+{side_by_side}<details><summary>By set, means over the seeds</summary>
 
 | arm | {sets} |
 |---|{set_rule}
 {by_set}
 
-What it takes to come down to CLM's final loss on `{target}`{documents}, as shares of what
-CLM of the same seed took, interpolated between checkpoints, means over the seeds. Seconds are {clock} ({devices}); *all
-counted* adds training and scoring of the references that an arm uses ({spent}). On the right the
-loss on `{target}` less CLM's: at as many tokens trained on (of a CLM whose learning rate has not yet come down), at
-CLM's seconds of training, and at CLM's seconds with all counted.
+</details>
 
-| arm | tokens | of them selected | seconds | all counted | at its selected | at its seconds | at all seconds |
+What it takes to come down to CLM's final loss on `{target}`, as shares of what CLM of the same seed took to come down
+to it, interpolated between checkpoints: means over the seeds, and from the least to the most. Seconds are {clock}
+({devices}); *all counted* adds training and scoring of the references that an arm uses ({spent}).
+*Selected tokens* are a share of CLM's tokens too. On the right the loss on `{target}` less CLM's: at as many tokens
+trained on (of a CLM whose learning rate has not yet come down), at CLM's seconds of training, and at CLM's seconds
+with all counted.
+
+| arm | tokens | selected tokens | seconds | all counted | at its selected | at its seconds | at all seconds |
 |---|---|---|---|---|---|---|---|
 {costs}
 
@@ -65,22 +79,28 @@ CLM's seconds of training, and at CLM's seconds with all counted.
 |---|---|---|
 {goals}
 
-Loss on `{target}` along the way, means over the seeds, by million tokens:
-
 ![Loss on the target along the way, and differences from CLM]({plot})
+
+<details><summary>Loss on {target} along the way, means over the seeds, by million tokens</summary>
 
 | arm | {steps} |
 |---|{step_rule}
 {curves}
 
+</details>
+
 Trained on {hashes}.
 """
 
 
-def section(lines: Sequence[Line], folder: Path) -> str:
+def how_to_read() -> str:
+    """What stands before the tables of all experiments."""
+    return HOW_TO_READ.format(stretch=STRETCH * UNIT)
+
+
+def section(runs: Runs, folder: Path) -> str:
     """The tables of one experiment as Markdown; its plot is written to `folder`."""
-    runs = Runs(lines)
-    models = [*runs.arms, *runs.references]
+    models = [*runs.ranked(), *runs.references]
     everything = [run for model in models for run in runs.of(model)]
     sets = [*runs.tests, *runs.others]
     sizes = {name: int(sum(runs.first["units"][name]["tokens"])) for name in runs.tests}
@@ -93,27 +113,26 @@ def section(lines: Sequence[Line], folder: Path) -> str:
         parameters=runs.first["parameters"] / 1e6,
         tokens=runs.first["train_tokens"] / 1e6,
         seeds=f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
-        arms="\n".join(_row(arm_cells(runs, model)) for model in models),
-        tests=", ".join(f"{name} {size:,} tokens" for name, size in sizes.items()),
+        arms="\n".join(table_row(arm_cells(runs, model)) for model in models),
+        tests=", ".join(f"{size:,} tokens of {name}" for name, size in sizes.items()),
         target=runs.first["target"],
-        documents="" if runs.first["target"] in runs.tests else " (other documents of the same sources)",
         command=command("evidence.py", runs.name),
         others="".join(f" `{name}`, less CLM |" for name in runs.others),
         rule="---|" * len(runs.others),
-        main="\n".join(_row(main_cells(runs, model)) for model in models),
+        main="\n".join(table_row(main_cells(runs, model)) for model in models),
         side_by_side=side_by_side(runs),
         sets=" | ".join(sets),
         set_rule="---|" * len(sets),
-        by_set="\n".join(_row([m, *(_mean(losses(runs, m, [name])) for name in sets)]) for m in models),
+        by_set="\n".join(table_row([m, *(_mean(losses(runs, m, [name])) for name in sets)]) for m in models),
         clock=runs.first["clock"],
         devices=", ".join(sorted({device(run) for run in everything})),
         spent=spent(everything),
-        costs="\n".join(_row(cost_cells(runs, model)) for model in runs.arms if model != BASE),
-        goals="\n".join(_row(cells) for cells in goals(runs)),
+        costs="\n".join(table_row(cost_cells(runs, model)) for model in models if model in runs.arms and model != BASE),
+        goals="\n".join(table_row(cells) for cells in goals(runs)),
         plot=f"{runs.name}.svg",
         steps=" | ".join(columns),
         step_rule="---|" * len(columns),
-        curves="\n".join(_row([m, *curve_cells(runs, m)]) for m in models if has_curve(runs, m)),
+        curves="\n".join(table_row([m, *curve_cells(runs, m)]) for m in models if has_curve(runs, m)),
         hashes=", ".join(f"{name} {value[:12]}" for name, value in sorted(hashes(everything).items())),
     )
 
@@ -184,21 +203,23 @@ def what_it_is(runs: Runs, model: str) -> str:
     return f"`{settings['after']}`, then {kept}" if "after" in settings else kept
 
 
-# Arms that differ in one setting.
+# Arms that differ in one setting; in the last line also in how many tokens they read.
 SETTINGS = {
     "share of each sequence": ["slm-08", "slm-07", "slm-06", "slm-05", "slm-03"],
     "share of the step": ["slm-06-step", "slm-04-step", "slm-03-step", "slm-02-step"],
-    "what is ranked together": ["slm-06", "slm-06-batch", "slm-06-running", "slm-06-step"],
-    "score": ["slm-06", "highest-loss-06", "low-reference-loss-07", "low-entropy-07", "low-both-07", "random-06"],
+    "0.3 of what is ranked together": ["slm-03", "slm-03-step"],
+    "0.6 of it": ["slm-06", "slm-06-batch", "slm-06-running", "slm-06-step"],
+    "score, 0.6": ["slm-06", "highest-loss-06", "random-06"],
+    "score, 0.7": ["slm-07", "low-reference-loss-07", "low-entropy-07", "low-both-07"],
     "weights": ["slm-06", "soft", "retention"],
     "weights, 0.4 of the step": ["slm-04-step", "slm-04-step-retention"],
-    "share over time": ["slm-03", "slm-warm-up"],
+    "share over time": ["slm-05", "slm-03", "slm-warm-up"],
     "reference": ["slm-06", "slm-06-brief", "slm-06-weak", "slm-06-cheap", "slm-06-two"],
     "reference, 0.4 of the step": ["slm-04-step", "slm-04-step-cheap", "slm-04-step-online"],
     "curated text as well": ["clm-mixed", "clm-then-curated", "slm-06-then-curated"],
 }
 
-SIDE_BY_SIDE = """Arms that differ in one thing: less CLM on {sets}, means over the seeds that all of a line have.
+SIDE_BY_SIDE = """Settings side by side: less CLM on {sets}, means over the seeds that all of a line have.
 
 | | less CLM |
 |---|---|
@@ -209,7 +230,7 @@ SIDE_BY_SIDE = """Arms that differ in one thing: less CLM on {sets}, means over 
 
 def side_by_side(runs: Runs) -> str:
     """The table of the settings of which two arms or more were run; nothing where there is none."""
-    rows, sets = [], {"test": runs.tests, **{name: [name] for name in runs.others[:1]}}
+    rows, sets = [], {"test": runs.tests, **{name: [name] for name in runs.others}}
     for setting, wanted in SETTINGS.items():
         arms = [arm for arm in wanted if arm in runs.lines]
         seeds = set.intersection(*(set(runs.lines[arm]) for arm in [BASE, *arms])) if BASE in runs.lines else set()
@@ -218,11 +239,11 @@ def side_by_side(runs: Runs) -> str:
         cells = []
         for arm in arms:
             pairs = [(runs.lines[arm][seed], runs.lines[BASE][seed]) for seed in seeds]
-            less = [statistics.fmean(each_seed(pairs, names)) for names in sets.values()]
-            cells.append(" / ".join([f"{arm} {less[0]:+.3f}", *(f"{value:+.3f}" for value in less[1:])]))
-        rows.append([f"{setting} ({len(seeds)} seed{'s' * (len(seeds) > 1)})", ", ".join(cells)])
+            less = [f"{statistics.fmean(each_seed(pairs, names)):+.3f}" for names in sets.values()]
+            cells.append(f"{arm} {' / '.join(less)}")
+        rows.append([f"{setting} ({_seeds(len(seeds))})", ", ".join(cells)])
     named = " / ".join(f"`{name}`" for name in sets)
-    return SIDE_BY_SIDE.format(sets=named, rows="\n".join(map(_row, rows))) if rows else ""
+    return SIDE_BY_SIDE.format(sets=named, rows="\n".join(map(table_row, rows))) if rows else ""
 
 
 def about(recipe: Path) -> str:
@@ -267,48 +288,10 @@ def curve_cells(runs: Runs, model: str) -> list[str]:
     return [_mean(values) for values in zip(*curves, strict=True)]
 
 
-INTRODUCTION = """## The evidence
-
-Selective training against plain training on real text: mathematics hidden in web-like text, with a reference that read
-clean mathematics (3.2 M tokens; the noisy corpus has 25.7 M). Beside the paper's arms stand the controls that it leaves
-out: tokens selected at random, plain training on curated and noisy text together (`clm-mixed`, one token in nine is
-curated), plain training that ends with curated text (`clm-then-curated`, whose additional tokens count), and the
-reference's own loss. Each section begins with its arms; all settings are in its recipe. A number in a name is its
-ratio (06 is 0.6). CLM is plain training on the noisy corpus (of which the curated text is a part in the mixed
-experiment); a negative *less CLM* is better than that. `general` is text of another kind, `noisy_valid` more of the
-noisy corpus: what is given up.
-What was learned, also where the controls win, and what is not run yet: [log.md](log.md).
-
-**What we choose by it.** A selection has no ratio unless it is given one, and ranks each sequence by itself, which
-changes with neither micro-batches nor devices. Partly by one seed, as the tables say, we recommend
-
-- a ratio of 0.3 to 0.4 where the text is as mixed as this, ranked over the step where a step is one micro-batch (with
-  accumulation that costs a second forward; at 0.3 it hardly matters). The paper's 0.6 gives up less elsewhere;
-- where other text must not suffer, a retention of 0.1: a third of what is given up, nine tenths of the gain or more;
-- no schedule: coming down to a share was worse than starting with it;
-- a small reference, trained for a fraction of an epoch, before anything dearer; online, if the corpus is read once. In
-  a longer run the model catches up with it (5 M tokens, one seed: half the gain); whether a better one helps there is
-  not measured;
-- curated text in the corpus wherever it may be there: selection comes on top, not instead.
-"""
-
-
-def sections(folder: Path) -> list[str]:
-    """Every experiment on record, the smallest model first; plots go to `folder`."""
-    found = [lines for file in RESULTS.glob("evidence-*.jsonl") if (lines := read_lines(file))]
-    found.sort(key=lambda lines: (max(line["parameters"] for line in lines), lines[0]["experiment"]))
-    pages = []
-    for lines in found:
-        name = lines[0]["experiment"]
-        ranked = read_lines(RESULTS / f"ranking-{name}.jsonl")
-        pages.append(section(lines, folder) + (ranking(ranked) if ranked else ""))
-    return [INTRODUCTION, *pages] if found else []
-
-
 RANKING = """
-Multiple choice: how often the right answer is the likeliest, of at most {questions} questions a task, means over the
-seeds. *Less CLM*: of the mean over the tasks, seed by seed. For one model the standard error of a task's number is
-about {error:.1%}, that of the mean over the tasks {of_mean:.1%}: smaller differences say nothing.
+Multiple choice: how often the right answer is the likeliest, of at most {questions} questions a task, {seeds}.
+*Less CLM*: of the mean over the tasks, seed by seed. For one model the standard error of a task's number is {error},
+that of the mean over the tasks {of_mean:.1%}: a difference of two models of less than {least:.1%} says nothing.
 
     {command}
 
@@ -329,6 +312,8 @@ def ranking(lines: Sequence[Line]) -> str:
     def mean(rows: Sequence[Line], of: str = "value") -> float:
         return statistics.fmean(row[of] for row in rows)
 
+    errors = [row["stderr"] for row in tasks]
+    of_mean = sum(error**2 for error in errors) ** 0.5 / len(errors)
     rows = [["guessing", *(f"{row['chance']:.1%}" for row in tasks), f"{mean(tasks, 'chance'):.1%}", "-"]]
     for model, seeds in found.items():
         values = [[row["value"] for row in of_seed] for of_seed in seeds.values()]
@@ -337,20 +322,21 @@ def ranking(lines: Sequence[Line]) -> str:
         rows.append([model, *(f"{n:.1%}" for n in [*numbers, statistics.fmean(numbers)]), _percents(less)])
     return RANKING.format(
         questions=lines[-1]["questions"],
-        error=mean(tasks, "stderr"),
-        of_mean=sum(row["stderr"] ** 2 for row in tasks) ** 0.5 / len(tasks),
+        seeds="means over the seeds" if any(len(seeds) > 1 for seeds in found.values()) else f"seed {lines[0]['seed']}",
+        error=" to ".join(f"{error:.1%}" for error in sorted({min(errors), max(errors)})),
+        of_mean=of_mean,
+        least=1.96 * 2**0.5 * of_mean,  # unpaired
         command=command("evidence_ranking.py", lines[0]["experiment"]),
         tasks=" | ".join(row["title"] for row in tasks),
         rule="---|" * len(tasks),
-        rows="\n".join(map(_row, rows)),
+        rows="\n".join(map(table_row, rows)),
     )
 
 
 def write_page(lines: Sequence[Line], folder: Path) -> Path:
     """The tables of one experiment as a file beside its plot."""
     page = folder / "evidence.md"
-    text = section(lines, folder)
-    page.write_text(text)
+    page.write_text(f"{how_to_read()}\n{section(Runs(lines), folder)}")
     return page
 
 
@@ -362,12 +348,22 @@ def main_cells(runs: Runs, model: str) -> list[str]:
     return [
         model,
         _mean(losses(runs, model, test)),
-        _interval(difference(to_base, test)),
+        less(to_base, test),
         _signed(each_seed(to_base, test)),
         _signed(each_seed(random, test) if model not in (BASE, runs.random) else []),
-        *(_interval(difference(to_base, [name])) for name in runs.others),
+        *(less(to_base, [name]) for name in runs.others),
         f"{statistics.fmean(run['ratio'] for run in runs.of(model)):.0%}",
     ]
+
+
+def less(pairs: Sequence[tuple[Line, Line]], sets: Sequence[str]) -> str:
+    """A mean difference with its intervals: over seeds, and over text."""
+    found = difference(pairs, sets)
+    if found is None:
+        return "-"
+    once = any(is_reference(run["model"]) for run, _ in pairs)  # trained with one seed only
+    spread = None if once else over_seeds(each_seed(pairs, sets))
+    return f"{found[0]:+.3f}{'' if spread is None else f' ± {spread:.3f}'} ({found[1]:+.3f} to {found[2]:+.3f})"
 
 
 def cost_cells(runs: Runs, model: str) -> list[str]:
@@ -376,8 +372,10 @@ def cost_cells(runs: Runs, model: str) -> list[str]:
     reached = [found for run, base in pairs if (found := to_target(run, base)) is not None]
     # Of a curve that begins below the goal it is only known that it got there before.
     bound = "≤ " if any(run["curve"]["loss"][0] <= base["curve"]["loss"][-1] for run, base in pairs) else ""
-    if len(reached) == len(pairs) > 0:
-        shares = [bound + _mean([one[what] for one in reached], 2) for what in ("tokens", "selected", "seconds", "all")]
+    if any("after" in run["settings"] for run, _ in pairs):  # it may have been there in what it goes on after
+        shares = ["-"] * 4
+    elif len(reached) == len(pairs) > 0:
+        shares = [bound + _range([one[what] for one in reached]) for what in ("tokens", "selected", "seconds", "all")]
     else:
         shares = [f"reached by {len(reached)} of {len(pairs)}" if pairs else "-", "", "", ""]
     equal = [at_equal(run, base) for run, base in pairs]
@@ -393,7 +391,8 @@ def goals(runs: Runs) -> Iterator[list[str]]:
     for base, called in ((BASE, "CLM"), (runs.random, "random")):
         pairs = {arm: each_seed(runs.pairs(arm, base), runs.tests) for arm in plain}
         met = {arm: max(found) < 0 for arm, found in pairs.items() if found}
-        count = f"{sum(met.values())} of {len(met)} arms" if met else "not run yet"
+        fewest = min((len(found) for found in pairs.values() if found), default=0)
+        count = f"{sum(met.values())} of {len(met)} arms, of {_seeds(fewest)} at least" if met else "not run yet"
         yield [f"`test` loss below {called}'s for every seed", "all arms", count]
     for what, words, asked in (("tokens", "tokens", "0.5"), ("all", "seconds, all counted,", "1")):
         reached = {arm: [to_target(run, base) for run, base in runs.pairs(arm, BASE)] for arm in plain}
@@ -403,16 +402,26 @@ def goals(runs: Runs) -> Iterator[list[str]]:
             if found and None not in found
         }
         best = min(means, key=means.__getitem__, default=None)
-        found = "by none" if best is None else f"{means[best]:.2f} ({best})"
+        found = "by none" if best is None else f"{means[best]:.2f} ({best}, {_seeds(len(reached[best]))})"
         yield [f"share of CLM's {words} to its final loss", f"at most {asked}", found]
 
 
-def _row(cells: Iterable[str]) -> str:
+def _seeds(number: int) -> str:
+    return f"{number} seed{'s' * (number > 1)}"
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def _mean(values: Sequence[float], digits: int = 4) -> str:
     return f"{statistics.fmean(values):.{digits}f}" if values else "-"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, mean, high = (f"{value:.2f}" for value in (min(values), statistics.fmean(values), max(values)))
+    return mean if low == high else f"{mean} ({low}-{high})"
 
 
 def _signed(values: Sequence[float]) -> str:
@@ -421,7 +430,3 @@ def _signed(values: Sequence[float]) -> str:
 
 def _percents(values: Sequence[float]) -> str:
     return " ".join(f"{value:+.1%}" for value in values) or "-"
-
-
-def _interval(found: tuple[float, float, float] | None) -> str:
-    return "-" if found is None else f"{found[0]:+.4f} ({found[1]:+.4f} to {found[2]:+.4f})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from rho.report.summary import come_down
 
 RESULTS = Path(__file__).parent / "results"
 BASE, TEST = "clm", "test"
+UNIT = 2048  # tokens of held-out text whose losses are kept as one sum
+STRETCH = 8  # units of text that are drawn together: units of one document are alike
+# 97.5 % quantiles of Student's t for two degrees of freedom (three seeds), three, ...
+STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Line = dict[str, Any]
 
 
@@ -51,6 +56,15 @@ class Runs:
         """The runs of a model, by seed."""
         return [run for _, run in sorted(self.lines[model].items())]
 
+    def ranked(self) -> list[str]:
+        """The arms: plain training, then the others from the best to the worst on the tests, seed by seed."""
+
+        def order(arm: str) -> tuple[bool, float]:
+            less = each_seed(self.pairs(arm, BASE), self.tests)
+            return arm != BASE, statistics.fmean(less) if less else 0.0
+
+        return sorted(self.arms, key=order)
+
     def pairs(self, model: str, base: str | None) -> list[tuple[Line, Line]]:
         """Runs of a model and of another with the same seed; a reference, trained once, meets every seed."""
         own, others = self.lines[model], self.lines.get(base or "", {})
@@ -79,7 +93,8 @@ def losses(runs: Runs, model: str, sets: Sequence[str]) -> list[float]:
 def difference(pairs: Sequence[tuple[Line, Line]], sets: Sequence[str]) -> tuple[float, float, float] | None:
     """Loss of the first runs less that of the second on some sets, and its 95 % interval over text, means over pairs.
 
-    What is drawn are stretches of held-out text, each with the losses of all these runs in it.
+    What is drawn are stretches of held-out text, each with the losses of all these runs in it: the interval is that of
+    other text, given these runs.
     """
     if not pairs:
         return None
@@ -91,7 +106,7 @@ def difference(pairs: Sequence[tuple[Line, Line]], sets: Sequence[str]) -> tuple
     tokens_U = joined(pairs[0][0], "tokens")
     if len(tokens_U) < 2:
         return None
-    found = paired_bootstrap(first_U, second_U, tokens_U)
+    found = paired_bootstrap(first_U, second_U, tokens_U, stretch=STRETCH)
     return found.difference, found.low, found.high
 
 
@@ -100,29 +115,36 @@ def each_seed(pairs: Sequence[tuple[Line, Line]], sets: Sequence[str]) -> list[f
     return [loss(first, sets) - loss(second, sets) for first, second in pairs]
 
 
+def over_seeds(values: Sequence[float]) -> float | None:
+    """Half of the 95 % interval of the mean over other seeds, by Student's t; None of fewer than three."""
+    if len(values) < 3:
+        return None
+    return STUDENT[min(len(values) - 3, len(STUDENT) - 1)] * statistics.stdev(values) / len(values) ** 0.5
+
+
 def extra_seconds(run: Line) -> float:
     """What a run's references cost: their training and their scoring."""
     return sum(run.get("reference_seconds", {}).values()) + sum(run.get("scoring_seconds", {}).values())
 
 
 def to_target(run: Line, base: Line) -> dict[str, float] | None:
-    """What a run needs to come down to the final target loss of `base`, as shares of what `base` took.
+    """What a run needs to come down to the final target loss of `base`, as shares of what `base` needs for it.
 
     `tokens` processed, `selected` ones, `seconds` of training, and `all`: with the training and scoring of its
-    references. None where it never comes down to it.
+    references. None where it never comes down to it. `base` itself may be there before its end.
     """
-    curve, goal = run["curve"], base["curve"]
-    along = list(zip(curve["tokens"], curve["selected"], curve["seconds"], strict=True))
-    found = come_down(curve["loss"], along, goal["loss"][-1])
-    if found is None:
+    goal = base["curve"]["loss"][-1]
+    found, needed = _come_down(run, goal), _come_down(base, goal)
+    if found is None or needed is None:
         return None
-    tokens, selected, seconds = found
-    return {
-        "tokens": tokens / goal["tokens"][-1],
-        "selected": selected / goal["selected"][-1],
-        "seconds": seconds / goal["seconds"][-1],
-        "all": (seconds + extra_seconds(run)) / goal["seconds"][-1],
-    }
+    shares = {name: found[name] / needed[name] for name in found}
+    return {**shares, "all": (found["seconds"] + extra_seconds(run)) / needed["seconds"]}
+
+
+def _come_down(run: Line, goal: float) -> dict[str, float] | None:
+    names = ("tokens", "selected", "seconds")
+    found = come_down(run["curve"]["loss"], list(zip(*(run["curve"][name] for name in names), strict=True)), goal)
+    return None if found is None else dict(zip(names, found, strict=True))
 
 
 def loss_at(curve: dict[str, list[float]], along: str, where: float) -> float | None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evidence_page import sections as evidence_sections
+from evidence_summary import sections as evidence_sections
 from preference_results import preference_section
 from sft_results import sft_section
 

@@ -54,6 +54,23 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     assert 0.90 <= held / 200 <= 0.99
 
 
+def test_blocks_that_are_like_their_neighbours_are_drawn_with_them() -> None:
+    random, tokens, held = np.random.default_rng(3), np.full(240, 10), {1: 0, 16: 0}
+    for seed in range(100):
+        documents = np.repeat(random.normal(1.0, 5.0, 30), 8)
+        for stretch in held:
+            found = paired_bootstrap(documents, np.zeros(240), tokens, resamples=400, seed=seed, stretch=stretch)
+            held[stretch] += found.low <= 0.1 <= found.high
+    assert held[1] < 60 and held[16] > 84
+
+
+@pytest.mark.parametrize("number", [2, 7])
+def test_a_stretch_of_all_blocks_holds_each_once(number: int) -> None:
+    values = np.arange(number) ** 2.0
+    found = paired_bootstrap(values, np.zeros(number), np.arange(number) + 1, stretch=number)
+    assert found.low == pytest.approx(found.difference) and found.high == pytest.approx(found.difference)
+
+
 def test_the_seed_decides_and_chunks_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(2)
     first, second, tokens = random.normal(size=30), random.normal(size=30), np.full(30, 4)

@@ -1,17 +1,20 @@
 """The evidence: what makes a run the same run, runs that go on after an interruption, and what the tables say."""
 
 import json
+import re
 import shutil
 import signal
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from evidence import SECONDS, Experiment, Identity, load_experiment
-from evidence_page import RECIPES, command, ranking, section
+from evidence_page import RECIPES, command, ranking, write_page
 from evidence_ranking import chance
-from evidence_results import at_equal, difference, read_lines, to_target
+from evidence_results import Runs, at_equal, difference, over_seeds, read_lines, to_target
+from evidence_summary import introduction
 
 from conftest import example_records, write_jsonl
 from rho import evaluate, score, train
@@ -182,7 +185,7 @@ def test_the_experiment_goes_on_where_it_was_stopped_and_records_every_run_once(
                 line["hashes"].pop(f"scores:{name}", None)  # they name the reference by its folder
         assert one == other
     assert len(list((tmp_path / "parts" / "train").glob("*/checkpoints"))) == 0
-    assert "slm" in section(read_lines(tmp_path / "parts.jsonl"), tmp_path)
+    assert "slm" in page_of(read_lines(tmp_path / "parts.jsonl"), tmp_path)
 
 
 def steps(folder: Path, seconds: float) -> None:
@@ -268,6 +271,10 @@ def run(model: str, seed: int, losses: list[float], **more) -> dict:
     }
 
 
+def page_of(lines: list[dict], folder: Path) -> str:
+    return write_page(lines, folder).read_text()
+
+
 def test_what_it_takes_to_reach_the_baselines_loss():
     base = run("clm", 0, [5.0, 4.0, 3.0, 2.0])
     fast = run("slm", 0, [4.0, 1.0], reference_seconds={"a": 6.0}, scoring_seconds={"a": 4.0})
@@ -277,9 +284,44 @@ def test_what_it_takes_to_reach_the_baselines_loss():
     assert to_target(run("slow", 0, [5.0, 2.1]), base) is None
 
 
+def test_plain_training_may_be_at_its_final_loss_before_its_end():
+    """It is there after two of its four checkpoints; the other after one."""
+    base, fast = run("clm", 0, [5.0, 3.0, 2.9, 3.0]), run("slm", 0, [3.0, 1.0], reference_seconds={"a": 5.0})
+    assert to_target(fast, base) == pytest.approx({"tokens": 0.5, "selected": 0.5, "seconds": 0.5, "all": 15 / 20})
+
+
+def test_an_arm_that_goes_on_after_another_has_no_share(tmp_path):
+    """It may have been there in the arm before."""
+    lines = [run("clm", 0, [5.0, 4.0]), run("later", 0, [3.0, 2.0], settings={"after": "clm", "corpus": "curated"})]
+    assert "| later | - | - | - | - |" in page_of(lines, tmp_path)
+
+
+def test_the_interval_over_seeds_is_students():
+    assert over_seeds([1.0, 2.0]) is None
+    assert over_seeds([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
+    assert over_seeds([0.0, 2.0] * 20) == pytest.approx(2.262 * statistics.stdev([0.0, 2.0] * 20) / 40**0.5)
+
+
+def test_arms_stand_from_the_best_to_the_worst_seed_by_seed(tmp_path):
+    lines = [run("clm", seed, [5.0 - seed]) for seed in (0, 1)]
+    lines += [run("worse", seed, [5.5 - seed]) for seed in (0, 1)] + [run("better", 0, [4.9])]
+    lines = [*lines[2:], *lines[:2], run("reference", 0, [1.0])]
+    assert Runs(lines).ranked() == ["clm", "better", "worse"]
+    heads = [row.split(" | ")[0] for row in page_of(lines, tmp_path).splitlines() if row.count(" | ") == 6]
+    assert heads[:4] == ["| arm", "| clm", "| better", "| worse"]
+
+
+def test_the_introduction_has_its_arms_with_all_their_seconds():
+    lines = [run("clm", seed, [5.0, 4.0]) for seed in (0, 1)] + [run("other", 0, [5.0, 4.0])]
+    lines.append(run("slm-06", 0, [4.5, 3.5], reference_seconds={"a": 6.0}, scoring_seconds={"a": 4.0}))
+    rows = [line for line in introduction(Runs(lines)).splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| arm", "| clm", "| slm-06"]
+    assert rows[2].endswith("| 3.50 | -0.50 | 3.50 | 30 |")
+
+
 def test_a_curve_that_begins_below_the_goal_gives_an_upper_bound(tmp_path):
     lines = [run("clm", 0, [5.0, 4.0]), run("later", 0, [3.0, 2.0]), run("reached", 0, [4.5, 3.5])]
-    page = section(lines, tmp_path)
+    page = page_of(lines, tmp_path)
     assert "| later | ≤ 0.50 | ≤ 0.50 | ≤ 0.50 | ≤ 0.50 |" in page
     assert "| reached | 0.75 | 0.75 | 0.75 | 0.75 |" in page
     assert "--size PATH/OF/THE/RECIPE/OF/evidence-toy.yaml" in page  # there is no such recipe in recipes/
@@ -287,7 +329,7 @@ def test_a_curve_that_begins_below_the_goal_gives_an_upper_bound(tmp_path):
 
 def test_one_seed_that_begins_below_the_goal_makes_the_mean_a_bound(tmp_path):
     lines = [run(arm, seed, losses) for arm, of in CURVES.items() for seed, losses in enumerate(of)]
-    assert "| slm | ≤ 0.62 | ≤ 0.62 |" in section(lines, tmp_path)
+    assert "| slm | ≤ 0.62 (0.50-0.75) | ≤ 0.62 (0.50-0.75) |" in page_of(lines, tmp_path)
 
 
 CURVES = {"clm": [[5.0, 4.0], [5.0, 4.0]], "slm": [[3.0, 2.0], [4.5, 3.5]]}
@@ -299,13 +341,13 @@ def test_the_rows_of_a_table_have_as_many_cells_as_its_head(tmp_path, sets):
     for line in lines:
         line["final"] = dict.fromkeys(sets, line["final"]["general"])
         line["units"] = dict.fromkeys(sets, line["units"]["general"])
-    tables = [part.splitlines() for part in section(lines, tmp_path).split("\n\n") if part.startswith("|")]
+    tables = [part.splitlines() for part in page_of(lines, tmp_path).split("\n\n") if part.startswith("|")]
     assert len(tables) >= 6
     assert all(len({row.count("|") for row in table}) == 1 for table in tables)
 
 
 def test_an_arm_may_be_done_before_plain_training(tmp_path):
-    page = section([run("slm", 0, [4.0, 1.0])], tmp_path)
+    page = page_of([run("slm", 0, [4.0, 1.0])], tmp_path)
     assert "| slm | - |  |  |  | - | - | - |" in page
 
 
@@ -330,7 +372,7 @@ def test_the_page_has_every_arm_the_reference_and_the_latest_of_two_runs(tmp_pat
     lines = [run("reference", 0, [1.5]), *(run("clm", seed, [5.0, 4.0]) for seed in (0, 1))]
     lines += [run("random", seed, [5.0, 4.5], settings={"score": "random", "ratio": 0.6}) for seed in (0, 1)]
     lines += [run("slm", seed, [4.5, 9.0 if again else 3.5]) for again in (1, 0) for seed in (0, 1)]
-    page = section(lines, tmp_path)
+    page = page_of(lines, tmp_path)
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.split("By set")[0].splitlines()}
     assert rows["clm"][1:3] == ["4.0167", "-"]  # seed 1 has a nat more in its 60 tokens
     assert rows["slm"][1].startswith("3.5167")
@@ -359,7 +401,7 @@ def test_the_page_has_every_arm_the_reference_and_the_latest_of_two_runs(tmp_pat
     ],
 )
 def test_an_arm_is_said_in_words(tmp_path, settings, words):
-    page = section([run("clm", 0, [5.0, 4.0]), run("arm", 0, [4.0, 3.0], settings=settings)], tmp_path)
+    page = page_of([run("clm", 0, [5.0, 4.0]), run("arm", 0, [4.0, 3.0], settings=settings)], tmp_path)
     assert f"| arm | {words} | {settings.get('corpus', 'the noisy corpus')} | 0.0002 |" in page
     assert "loss below random's for every seed | all arms | not run yet |" in page
 
@@ -367,13 +409,13 @@ def test_an_arm_is_said_in_words(tmp_path, settings, words):
 def test_settings_stand_side_by_side_over_the_seeds_that_their_arms_share(tmp_path):
     lines = [run("clm", seed, [5.0 + seed]) for seed in (0, 1, 2)]
     lines += [run("slm-06", seed, [4.0]) for seed in (0, 1, 2)]
-    assert "Arms that differ" not in section(lines, tmp_path)
+    assert "side by side" not in page_of(lines, tmp_path)
     lines += [run("slm-05", seed, [3.0]) for seed in (0, 1)]
     lines += [run("soft", 2, [3.0])]
     lines[-1]["units"] |= {"general": {"nats": [80, 162], "tokens": [10, 20]}}  # one more a token than CLM's
-    page = section(lines, tmp_path)
+    page = page_of(lines, tmp_path)
     assert "less CLM on `test` / `general`, means" in page
-    rows = [row for row in page.splitlines() if "seeds) |" in row or "seed) |" in row]
+    rows = [row for row in page.splitlines() if re.match(r"\| .* \(\d seeds?\) \|", row)]
     assert rows == [
         "| share of each sequence (2 seeds) | slm-06 -1.500 / -1.500, slm-05 -2.500 / -2.500 |",
         "| weights (1 seed) | slm-06 -3.000 / -3.000, soft -4.000 / +1.000 |",
@@ -411,6 +453,6 @@ def test_the_table_of_rankings_compares_means_over_the_tasks_seed_by_seed():
         "| clm | 25.0% | 55.0% | 40.0% | - |",
         "| slm | 35.0% | 50.0% | 42.5% | +5.0% +0.0% |",
     ]
-    assert (
-        "about 2.0%, that of the mean over the tasks 1.4%" in page and "benchmarks/evidence_ranking.py --size" in page
-    )
+    assert "is 2.0%,\nthat of the mean over the tasks 1.4%: a difference of two models of less than 3.9% says" in page
+    assert "benchmarks/evidence_ranking.py --size" in page and "task, means over the seeds." in page
+    assert "task, seed 1." in ranking([asked("clm", 1, 0.2, 0.6)])
