@@ -218,6 +218,17 @@ def test_the_summary_holds_the_literal_numbers(run: Path) -> None:
     assert summary["arms"]["clm"]["0"]["tokens_to_target"]["ratio_seen"] == 1.0
 
 
+def test_shares_are_of_what_the_baseline_took_to_come_down_to_its_final_loss(run: Path) -> None:
+    """clm is at its final loss after step 4 of 6, slm after step 3."""
+    rows = [evaluation("clm", 0, step, loss) for step, loss in ((2, 5.0), (4, 3.0), (6, 3.0))]
+    rows += [evaluation("slm", 0, step, loss, kept=0.5) for step, loss in ((2, 4.0), (4, 2.0), (6, 1.0))]
+    shutil.rmtree(run / "evaluate")
+    put(run / "evaluate", "losses.jsonl", rows, target="target")
+    arms = {arm: one["0"]["tokens_to_target"] for arm, one in report(run)[1]["arms"].items()}
+    assert (arms["slm"]["tokens_seen"], arms["slm"]["ratio_seen"]) == (300.0, 0.75)
+    assert (arms["slm"]["ratio_selected"], arms["clm"]["ratio_seen"]) == (0.375, 1.0)
+
+
 def timed(run: Path, config: str, columns: list[str]) -> Run:
     """The run with a config and step logs that tell the time: clm 60 s, slm 120 s for 600 tokens, a reference 50 s."""
     (run / "config.yaml").write_text(config)

@@ -22,7 +22,7 @@ def summarise(run: Run) -> dict[str, Any]:
     `arms.<arm>.<seed>.tokens_to_target` is null where the arm never came down to `goal`, its baseline's final target
     loss with the same seed; where `goal` itself is null there was nothing to compare with. Its `seconds` are those of
     the arm's own training until then, `seconds_with_reference` those of the stages `before.<arm>` too; each ratio is to
-    the baseline's training with that seed. `reference_loss` is the best reference's on the target.
+    what the baseline took with that seed to come down to `goal`. `reference_loss` is that of the best on the target.
     `differences.<arm>.<set>` is the arm's loss minus the baseline's (`differences`). `domains.<set>.<by>.<name>` has
     tokens, and each arm's loss on them at its last checkpoint, a value a seed.
     """
@@ -134,7 +134,7 @@ def _trained(run: Run, base: str | None, arm: str, seed: int) -> dict[str, Any]:
     return {
         **_model(run, arm, seed),
         "goal": _finite(goals[-1].loss) if goals else None,
-        "tokens_to_target": _to_target(run, base, curve, goals[-1]) if base is not None and goals else None,
+        "tokens_to_target": _to_target(run, base, curve, goals) if base is not None and goals else None,
     }
 
 
@@ -151,13 +151,14 @@ def _model(run: Run, arm: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _to_target(run: Run, base: str, curve: Sequence[Evaluation], goal: Evaluation) -> dict[str, Any] | None:
-    reached = tokens_to_loss(curve, goal.loss)
-    if reached is None:
+def _to_target(run: Run, base: str, curve: Sequence[Evaluation], goals: Sequence[Evaluation]) -> dict[str, Any] | None:
+    """What it takes to come down to the baseline's final loss; shares are of what the baseline itself took for it."""
+    reached, needed = (tokens_to_loss(points, goals[-1].loss) for points in (curve, goals))
+    if reached is None or needed is None:
         return None
     seen, selected = reached
     arm, seed = curve[0].arm, curve[0].seed
-    own, whole = _seconds(run, arm, seed, seen), _seconds(run, base, seed, goal.tokens_seen)
+    own, whole = _seconds(run, arm, seed, seen), _seconds(run, base, seed, needed[0])
     before = [seconds_of(run, folder) for folder in run.before.get(arm, [])]
     added = None if own is None or None in before else own + sum(filter(None, before))
     return {
@@ -167,8 +168,8 @@ def _to_target(run: Run, base: str, curve: Sequence[Evaluation], goal: Evaluatio
         "ratio_seconds_with_reference": _share(added, whole),
         "tokens_seen": seen,
         "tokens_selected": selected,
-        "ratio_seen": _share(seen, goal.tokens_seen),
-        "ratio_selected": _share(selected, goal.tokens_selected),
+        "ratio_seen": _share(seen, needed[0]),
+        "ratio_selected": _share(selected, needed[1]),
         "at_first_checkpoint": seen == curve[0].tokens_seen,
     }
 
