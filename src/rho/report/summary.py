@@ -22,9 +22,9 @@ def summarise(run: Run) -> dict[str, Any]:
     `arms.<arm>.<seed>.tokens_to_target` is null where the arm never came down to `goal`, its baseline's final target
     loss with the same seed; where `goal` itself is null there was nothing to compare with. Its `seconds` are those of
     the arm's own training until then, `seconds_with_reference` those of the stages `before.<arm>` too; each ratio is to
-    what the baseline took with that seed to come down to `goal`. `reference_loss` is that of the best on the target.
-    `differences.<arm>.<set>` is the arm's loss minus the baseline's (`differences`). `domains.<set>.<by>.<name>` has
-    tokens, and each arm's loss on them at its last checkpoint, a value a seed.
+    what the baseline took with that seed to come down to `goal`. `reference_loss` is the best reference's on
+    the target. `differences.<arm>.<set>` is the arm's loss minus the baseline's (`differences`).
+    `domains.<set>.<by>.<name>` has tokens, and each arm's loss on them at its last checkpoint, a value a seed.
     """
     base = baseline(run)
     references = {name: _model(run, name, 0) for name in run.references}
