@@ -241,7 +241,7 @@ def side_by_side(runs: Runs) -> str:
             pairs = [(runs.lines[arm][seed], runs.lines[BASE][seed]) for seed in seeds]
             less = [f"{statistics.fmean(each_seed(pairs, names)):+.3f}" for names in sets.values()]
             cells.append(f"{arm} {' / '.join(less)}")
-        rows.append([f"{setting} ({_seeds(len(seeds))})", ", ".join(cells)])
+        rows.append([f"{setting} ({_seeds(len(seeds))})", "<br>".join(cells)])
     named = " / ".join(f"`{name}`" for name in sets)
     return SIDE_BY_SIDE.format(sets=named, rows="\n".join(map(table_row, rows))) if rows else ""
 

@@ -417,8 +417,8 @@ def test_settings_stand_side_by_side_over_the_seeds_that_their_arms_share(tmp_pa
     assert "less CLM on `test` / `general`, means" in page
     rows = [row for row in page.splitlines() if re.match(r"\| .* \(\d seeds?\) \|", row)]
     assert rows == [
-        "| share of each sequence (2 seeds) | slm-06 -1.500 / -1.500, slm-05 -2.500 / -2.500 |",
-        "| weights (1 seed) | slm-06 -3.000 / -3.000, soft -4.000 / +1.000 |",
+        "| share of each sequence (2 seeds) | slm-06 -1.500 / -1.500<br>slm-05 -2.500 / -2.500 |",
+        "| weights (1 seed) | slm-06 -3.000 / -3.000<br>soft -4.000 / +1.000 |",
     ]
 
 
