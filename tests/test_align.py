@@ -440,6 +440,14 @@ def test_any_ids_give_a_text_that_can_be_scored(kind, data, seed):
         assert losses.sum() == pytest.approx(len(ref_spans), abs=1e-4)
 
 
+def test_a_token_without_text_amid_a_cut_character_has_its_span():
+    made = tokenizer("byte-level, large")
+    pieces = spelled(made, range(made.vocab_size))
+    first, second = (pieces.index(byte) for byte in (b"\xe2", b"\x82"))  # of three bytes, the third is cut off
+    text, spans = recover_text(made, np.array([first, made.eos_id, second, made.eos_id]), np.array([1, 0, 1, 0]))
+    assert text == "\ufffd" and spans.tolist() == [[0, 3], [0, 3], [0, 3], [3, 3]]
+
+
 def recovered(kind: str, text: str) -> str:
     made = tokenizer(kind)
     ids, spans = byte_spans(made, text)

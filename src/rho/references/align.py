@@ -184,6 +184,7 @@ def recover_text(tokenizer: Tokenizer, ids_T: np.ndarray, num_bytes_T: np.ndarra
     wide = raw_spans_T2[:, 1] > raw_spans_T2[:, 0]
     spans_T2 = np.stack([np.append(start_B, len(text.encode()))[raw_spans_T2[:, 0]]] * 2, axis=1)
     spans_T2[wide, 1] = end_B[raw_spans_T2[wide, 1] - 1]
+    spans_T2[:, 1] = np.maximum.accumulate(spans_T2[:, 1])  # no text amid a cut character: its span
     if text.startswith(" ") and not _is_byte_level(tokenizer):
         return text[1:], np.maximum(spans_T2 - 1, 0)
     return text, spans_T2
