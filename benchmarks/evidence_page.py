@@ -415,8 +415,8 @@ def table_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _mean(values: Sequence[float], digits: int = 4) -> str:
-    return f"{statistics.fmean(values):.{digits}f}" if values else "-"
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.4f}" if values else "-"
 
 
 def _range(values: Sequence[float]) -> str:
