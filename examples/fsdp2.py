@@ -74,6 +74,7 @@ def main(corpus: str, scores: str, model_path: str, out: str) -> None:
     if dist.get_rank() == 0:
         print(f"{len(losses)} steps, loss {losses[0]:.4f} to {losses[-1]:.4f}")
         save_file(weights, out)
+    dist.barrier()  # a rank that ends while a thread of its gloo group still holds a tensor is aborted
     dist.destroy_process_group()
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from rho.corpus import Corpus
 from rho.data import TrainingBlocks, collate
-from rho.distributed import all_gather
+from rho.distributed import all_gather, leave
 from rho.forward import selective_forward
 from rho.models import ModelConfig, make_model
 from rho.selection import Selector
@@ -65,3 +65,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         {"trainer": by_trainer, "fully_shard": by_fully_shard}[job["how"]](job)
+    leave()

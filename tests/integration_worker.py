@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 import integration_cases as cases
+from rho.distributed import leave
 from rho.errors import RhoError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -41,7 +42,7 @@ def main(job_file: str) -> None:
     if dist.get_rank() == 0:
         save_file({name: value.contiguous() for name, value in found.items()}, job["changes"])
         Path(job["losses"]).write_text(json.dumps({"losses": losses, "refusal": refusal}))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

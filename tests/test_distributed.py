@@ -148,3 +148,33 @@ def test_fully_sharded_ranks_train_to_the_same_weights_as_one_process(
     by_fully_shard({**job, "out": str(tmp_path / "one")})
     two = load_file(weights.folder / f"sharded-{scope}" / "weights.safetensors")  # type: ignore[attr-defined]
     assert largest_relative_difference(two, load_file(tmp_path / "one" / "weights.safetensors")) < 1e-6
+
+
+LEAVES = """
+import sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from rho.distributed import leave
+
+def of_group():
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+
+leave()  # there is no group yet
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+model(torch.ones(2, 4)).sum().backward()
+model.trainer = [model]  # a cycle, as trainers and their callbacks are
+before = of_group()
+del model
+leave()
+print(before > 0, of_group(), dist.is_initialized())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="names of threads are read from /proc")
+def test_leaving_ends_the_threads_of_the_group(tmp_path: Path) -> None:
+    """One that still freed a tensor while the interpreter ends would abort the process."""
+    command = [sys.executable, "-c", LEAVES, str(tmp_path / "meeting")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("True 0 False\n", 0), done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,10 +30,10 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the one asked for."""
         try:
-            return super().invoke(ctx)
+            done = super().invoke(ctx)
         except Stopped as stopped:
             say(str(stopped))
-            raise typer.Exit(0) from None
+            done = None
         except RhoError as error:
             say(f"error: {error}")
             raise typer.Exit(1) from None
@@ -46,3 +47,8 @@ class Commands(TyperGroup):
                 raise
             say(f"error: {refused}")
             raise typer.Exit(1) from None
+        if "RANK" in os.environ:  # of several processes, as their launchers say
+            from rho.distributed import leave
+
+            leave()
+        return done

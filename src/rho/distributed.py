@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
 import torch.distributed as dist
+
+# Before there is a group: its functions' defaults are the group of the moment they are imported, and would keep it for
+# ever, so that `leave` could not end its threads. Wrapping a model for DDP imports it as well, but then there is one.
+import torch.distributed.nn
 from torch import Tensor
 
 
@@ -31,3 +36,16 @@ def all_gather(own_N: Tensor) -> list[Tensor]:
     found = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(found, padded)
     return [part[: int(length)] for part, length in zip(found, lengths, strict=True)]
+
+
+def leave() -> None:
+    """Leave the group of ranks, where there is one: the last thing that a program of several processes does.
+
+    A gloo group's threads free the tensors of its last collectives. One that does so while the interpreter ends aborts
+    the process ("terminate called without an active exception", Python 3.13 and before), and the launcher calls the
+    finished run failed. Every rank calls it; models wrapped for the group must be out of use.
+    """
+    if dist.is_initialized():
+        gc.collect()  # wrapped models, which hold the group, stand in cycles
+        dist.barrier()
+        dist.destroy_process_group()
