@@ -49,7 +49,7 @@ from rho.models import source_hash
 from rho.pipeline import Pipeline
 from rho.progress import say
 from rho.report.data import CONFIG, reference_folder
-from rho.runs import MANIFEST, Manifest, atomic_write, environment, hash_json, read_manifest, write_json
+from rho.runs import MANIFEST, Manifest, atomic_write, environment, hash_json, make_folder, read_manifest, write_json
 from rho.settings import validated
 from rho.sources import source_hashes
 from rho.tokenizer import Tokenizer
@@ -397,7 +397,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
     config = load_experiment(find_recipe(options.size), options.folder, options.overrides)
     folder, results = options.out / config.name, options.results / f"{config.name}.jsonl"
-    results.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(options.results)
     experiment = Experiment(config, folder, results)
     try:
         experiment.run(options.arms or list(config.train.arms))

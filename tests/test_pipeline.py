@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from conftest import CLOCK, example_records, write_jsonl
 from rho import cli, corpus, dynamics, evaluate, pipeline, score, tokenizer, train
 from rho.config import load_config
-from rho.errors import ConfigError, MismatchError
+from rho.errors import ConfigError, MismatchError, RhoError
 from rho.models import ModelConfig, source_hash
 from rho.runs import read_manifest
 
@@ -393,6 +393,6 @@ def test_a_weak_reference_is_refused_before_anything_is_trained(config_file):
 
 def test_a_file_is_no_run_directory(config_file, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="file: the run directory can't be made"):
+    with pytest.raises(RhoError, match="file: the folder can't be made"):
         pipeline.run(load_config(config_file), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"

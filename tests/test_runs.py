@@ -69,7 +69,7 @@ def test_a_full_disk_reported_by_another_library_is_an_error_without_its_traceba
         raise Exception("No space left on device (os error 28)")  # as the tokenizers library says it
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENAMETOOLONG])
 def test_what_the_system_refuses_is_an_error_that_names_the_file(tmp_path, number):
     said = re.escape(f"x/model.bin: {os.strerror(number)}. What was finished is kept: {runs.ADVICE[number]}, then run")
     with pytest.raises(RhoError, match=said), open_stage(tmp_path / "s", "toy", CONFIG, INPUTS):
@@ -186,7 +186,7 @@ def test_the_lock_is_given_back_after_an_error(tmp_path):
 
 def test_an_output_folder_that_can_not_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(RhoError, match="file/out: the output folder can't be made"):
+    with pytest.raises(RhoError, match="file/out: the folder can't be made"):
         make(tmp_path / "file" / "out")
 
 

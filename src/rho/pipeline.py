@@ -19,7 +19,7 @@ from rho.progress import say
 from rho.references.model import load_reference, mean_loss
 from rho.report import write_report
 from rho.report.data import CONFIG, reference_folder
-from rho.runs import MANIFEST, Manifest, hash_file, is_made_from
+from rho.runs import MANIFEST, Manifest, hash_file, is_made_from, make_folder
 from rho.score import ScoreConfig, Source, score_corpus
 from rho.selection import Selector
 from rho.store import ScoreStore
@@ -92,10 +92,7 @@ class Pipeline:
 
     def begin(self) -> None:
         """Make the run directory. The config is there from the start, so that a run halfway can be reported."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{self.folder}: the run directory can't be made ({error.strerror}).") from error
+        make_folder(self.folder)
         if rank() == 0 and not (self.folder / CONFIG).exists():
             save_config(self.config, self.folder / CONFIG)
 

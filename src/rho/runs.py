@@ -38,6 +38,7 @@ ADVICE = {  # for what the system refuses a program that is right
     errno.EPERM: "fix the permissions",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
     errno.ENFILE: "raise the limit of open files (`fs.file-max`)",
+    errno.ENAMETOOLONG: "use a shorter name",
 }
 
 
@@ -96,6 +97,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those above it, unless it is there.
+
+    Raises:
+        RhoError: the system refuses it, or a file stands in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RhoError(f"{folder}: the folder can't be made ({error.strerror}). Choose another one.") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -282,15 +295,15 @@ def open_stage(
         yield Stage(folder, asked, fresh=found is not None and _is_fresh(folder, found))
         return
     lock = FileLock(folder / LOCK)
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=-1 if shared else 0)
     except Timeout:
         raise RhoError(
             f"{folder}: another rho process is writing here. Wait for it or choose another folder."
         ) from None
     except OSError as error:
-        raise RhoError(f"{folder}: the output folder can't be made ({error.strerror}).") from error
+        raise RhoError(f"{folder}: the folder can't be written to ({error.strerror}). Choose another one.") from error
     try:
         entered = _enter(folder, asked)
         entered.lock = lock

@@ -127,7 +127,10 @@ def read_documents(
             document = make()
         except _BadRecord as error:
             if on_bad is None:
-                raise DataError(f"{where}: {error}. Correct it, or pass it over with --skip-bad-records.") from error
+                raise DataError(
+                    f"{where}: {error}. Correct it, or pass it over with --skip-bad-records "
+                    "(skip_bad_records: true in a config)."
+                ) from error
             on_bad(SkippedRecord(where, str(error)))
         else:
             if document is not None:

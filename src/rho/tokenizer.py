@@ -71,7 +71,7 @@ class Tokenizer:
         known_eos = ", ".join(KNOWN_EOS)
         raise ConfigError(
             f"{path}: no end-of-document token: its vocabulary has {f'no {eos}' if eos else 'none of ' + known_eos}. "
-            "Name one that it has with --eos."
+            "Name one that it has with --eos (tokenizer.eos in a config)."
         )
 
     @property

@@ -142,7 +142,7 @@ class ApiReference:
             raise MismatchError(
                 f"{self.url}: {self.config.model} scores at most {self.window} tokens a request (one less than its "
                 f"max_model_len), the corpus has texts of {longest}. Have them read in windows with "
-                f"--context {self.window}, or start the server with a larger window."
+                f"--context {self.window} (score.context in a config), or start the server with a larger window."
             )
         loss_BT = torch.full(input_ids_BT.shape, torch.nan, dtype=torch.float32)
         scored = asyncio.run(self._score_all(texts, UnscorableError))

@@ -78,10 +78,12 @@ def check_tokenizer(model: ModelConfig, corpus: Corpus, tokenizer: Tokenizer | N
         what = f"{corpus.folder} was made with"
         advice = (
             f"Build the corpus with --tokenizer {model.path}, take another model, or (a reference only) have its "
-            f"losses mapped onto the corpus's tokens with --reference-tokenizer {model.path}."
+            f"losses mapped onto the corpus's tokens with --reference-tokenizer {model.path} (the reference's "
+            "tokenizer in a config)."
         )
     else:
-        what, advice = "the reference is said to read", f"Give --reference-tokenizer {model.path}."
+        what = "the reference is said to read"
+        advice = f"Give --reference-tokenizer {model.path} (the reference's tokenizer in a config)."
     raise MismatchError(
         f"the tokenizers differ: {what} {expected.fingerprint[:12]} (vocabulary {expected.vocab_size}), {model.path} "
         f"{found}. {advice}"

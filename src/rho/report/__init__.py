@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rho.errors import RhoError
 from rho.report.data import read_run
 from rho.report.page import render
 from rho.report.summary import summarise
-from rho.runs import atomic_write
+from rho.runs import atomic_write, make_folder
 
 __all__ = ["write_report"]
 
@@ -27,10 +26,7 @@ def write_report(run: Path) -> Path:
     summary = summarise(data)
     page = render(data, summary)
     folder = Path(run) / "report"
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RhoError(f"{folder}: the folder for the report can't be made ({error.strerror}).") from error
+    make_folder(folder)
     with atomic_write(folder / "summary.json") as file:
         file.write((json.dumps(summary, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
     with atomic_write(folder / "index.html") as file:
