@@ -52,7 +52,7 @@ PAGE = """## {title}
 
 </details>
 
-| arm | test | less CLM | each seed | less random, each seed |{others} selected |
+| arm | test | less CLM | each seed | less {random}, each seed |{others} selected |
 |---|---|---|---|---|{rule}---|
 {main}
 
@@ -119,6 +119,7 @@ def section(runs: Runs, folder: Path) -> str:
         command=command("evidence.py", runs.name),
         others="".join(f" `{name}`, less CLM |" for name in runs.others),
         rule="---|" * len(runs.others),
+        random=f"`{runs.random}`" if runs.random else "random",
         main="\n".join(table_row(main_cells(runs, model)) for model in models),
         side_by_side=side_by_side(runs),
         sets=" | ".join(sets),
@@ -211,6 +212,7 @@ SETTINGS = {
     "0.6 of it": ["slm-06", "slm-06-batch", "slm-06-running", "slm-06-step"],
     "score, 0.6": ["slm-06", "highest-loss-06", "random-06"],
     "score, 0.7": ["slm-07", "low-reference-loss-07", "low-entropy-07", "low-both-07"],
+    "score, 0.4 of the step": ["slm-04-step", "random-04-step"],
     "weights": ["slm-06", "soft", "retention"],
     "weights, 0.4 of the step": ["slm-04-step", "slm-04-step-retention"],
     "share over time": ["slm-05", "slm-03", "slm-warm-up"],

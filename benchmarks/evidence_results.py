@@ -36,7 +36,7 @@ class Runs:
         tests: the final sets of the target's kind of text, whose names begin with `test`: their tokens count together.
         others: the other final sets.
         first: a run that stands for all: of CLM, where there is one.
-        random: the arm that selects at random.
+        random: the arm that selects at random, of several the first that was run.
     """
 
     def __init__(self, lines: Sequence[Line]) -> None:
