@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -69,7 +70,7 @@ to it, interpolated between checkpoints: means over the seeds, and from the leas
 ({devices}); *all counted* adds training and scoring of the references that an arm uses ({spent}).
 *Selected tokens* are a share of CLM's tokens too. On the right the loss on `{target}` less CLM's: at as many tokens
 trained on (of a CLM whose learning rate has not yet come down), at CLM's seconds of training, and at CLM's seconds
-with all counted.
+with all counted. Seconds stand only where CLM of the same seed ran on the same kind of machine.
 
 | arm | tokens | selected tokens | seconds | all counted | at its selected | at its seconds | at all seconds |
 |---|---|---|---|---|---|---|---|
@@ -126,7 +127,7 @@ def section(runs: Runs, folder: Path) -> str:
         set_rule="---|" * len(sets),
         by_set="\n".join(table_row([m, *(_mean(losses(runs, m, [name])) for name in sets)]) for m in models),
         clock=runs.first["clock"],
-        devices=", ".join(sorted({device(run) for run in everything})),
+        devices=" and ".join(sorted({device(run) for run in everything})),
         spent=spent(everything),
         costs="\n".join(table_row(cost_cells(runs, model)) for model in models if model in runs.arms and model != BASE),
         goals="\n".join(table_row(cells) for cells in goals(runs)),
@@ -262,14 +263,17 @@ def device(run: Line) -> str:
 
 
 def spent(runs: Iterable[Line]) -> str:
-    """Seconds of the references."""
-    training: dict[str, float] = {}
-    scoring: dict[str, float] = {}
+    """Seconds of the references' training and scoring, from the least to the most."""
+    training, scoring = defaultdict(set), defaultdict(set)
     for run in runs:
-        training |= run.get("reference_seconds", {})
-        scoring |= run.get("scoring_seconds", {})
-    words = [f"{name} {training[name]:.0f} s and {scoring[name]:.0f} s" for name in training]
-    return ", ".join(words) or "none yet"
+        for name, seconds in run.get("reference_seconds", {}).items():
+            training[name].add(round(seconds))
+            scoring[name].add(round(run["scoring_seconds"][name]))
+
+    def said(values: set[int]) -> str:
+        return f"{'-'.join(map(str, sorted({min(values), max(values)})))} s"
+
+    return ", ".join(f"{name} {said(training[name])} and {said(scoring[name])}" for name in training) or "none yet"
 
 
 def hashes(runs: Iterable[Line]) -> dict[str, str]:
@@ -377,12 +381,13 @@ def cost_cells(runs: Runs, model: str) -> list[str]:
     if any("after" in run["settings"] for run, _ in pairs):  # it may have been there in what it goes on after
         shares = ["-"] * 4
     elif len(reached) == len(pairs) > 0:
-        shares = [bound + _range([one[what] for one in reached]) for what in ("tokens", "selected", "seconds", "all")]
+        found = ([one[what] for one in reached if what in one] for what in ("tokens", "selected", "seconds", "all"))
+        shares = [bound + _range(values) if values else "-" for values in found]
     else:
         shares = [f"reached by {len(reached)} of {len(pairs)}" if pairs else "-", "", "", ""]
     equal = [at_equal(run, base) for run, base in pairs]
-    found = [[one[what] for one in equal] for what in ("selected", "seconds", "all")]
-    differences = [_signed([statistics.fmean(values)]) if values and None not in values else "-" for values in found]
+    values = [[one[what] for one in equal] for what in ("selected", "seconds", "all")]
+    differences = [_signed([statistics.fmean(each)]) if each and None not in each else "-" for each in values]
     return [model, *shares, *differences]
 
 
@@ -397,15 +402,12 @@ def goals(runs: Runs) -> Iterator[list[str]]:
         count = f"{sum(met.values())} of {len(met)} arms, of {_seeds(fewest)} at least" if met else "not run yet"
         yield [f"`test` loss below {called}'s for every seed", "all arms", count]
     for what, words, asked in (("tokens", "tokens", "0.5"), ("all", "seconds, all counted,", "1")):
-        reached = {arm: [to_target(run, base) for run, base in runs.pairs(arm, BASE)] for arm in plain}
-        means = {
-            arm: statistics.fmean(one[what] for one in found if one is not None)
-            for arm, found in reached.items()
-            if found and None not in found
-        }
+        found = {arm: [to_target(run, base) for run, base in runs.pairs(arm, BASE)] for arm in plain}
+        reached = {arm: [one[what] for one in each if what in one] for arm, each in found.items() if None not in each}
+        means = {arm: statistics.fmean(values) for arm, values in reached.items() if values}
         best = min(means, key=means.__getitem__, default=None)
-        found = "by none" if best is None else f"{means[best]:.2f} ({best}, {_seeds(len(reached[best]))})"
-        yield [f"share of CLM's {words} to its final loss", f"at most {asked}", found]
+        said = "by none" if best is None else f"{means[best]:.2f} ({best}, {_seeds(len(reached[best]))})"
+        yield [f"share of CLM's {words} to its final loss", f"at most {asked}", said]
 
 
 def _seeds(number: int) -> str:

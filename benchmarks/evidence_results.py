@@ -127,18 +127,28 @@ def extra_seconds(run: Line) -> float:
     return sum(run.get("reference_seconds", {}).values()) + sum(run.get("scoring_seconds", {}).values())
 
 
+def same_clock(run: Line, base: Line) -> bool:
+    """Whether the seconds of two runs are of one kind of machine."""
+    first, second = ((one["environment"]["device"], one["environment"]["threads"], one["clock"]) for one in (run, base))
+    return first == second
+
+
 def to_target(run: Line, base: Line) -> dict[str, float] | None:
     """What a run needs to come down to the final target loss of `base`, as shares of what `base` needs for it.
 
     `tokens` processed, `selected` ones, `seconds` of training, and `all`: with the training and scoring of its
-    references. None where it never comes down to it. `base` itself may be there before its end.
+    references; no seconds of runs on different machines. None where it never comes down to it. `base` itself may be
+    there before its end.
     """
     goal = base["curve"]["loss"][-1]
     found, needed = _come_down(run, goal), _come_down(base, goal)
     if found is None or needed is None:
         return None
-    shares = {name: found[name] / needed[name] for name in found}
-    return {**shares, "all": (found["seconds"] + extra_seconds(run)) / needed["seconds"]}
+    shares = {name: found[name] / needed[name] for name in ("tokens", "selected")}
+    if same_clock(run, base):
+        shares["seconds"] = found["seconds"] / needed["seconds"]
+        shares["all"] = shares["seconds"] + extra_seconds(run) / needed["seconds"]
+    return shares
 
 
 def _come_down(run: Line, goal: float) -> dict[str, float] | None:
@@ -155,11 +165,16 @@ def loss_at(curve: dict[str, list[float]], along: str, where: float) -> float | 
 
 
 def at_equal(run: Line, base: Line) -> dict[str, float | None]:
-    """Target loss less that of `base` at equal tokens trained on, equal seconds of training, equal seconds in all."""
+    """Target loss less that of `base` at equal tokens trained on, equal seconds of training, equal seconds in all.
+
+    None where the run has no checkpoint that early, and of seconds on different machines.
+    """
     curve, other = run["curve"], base["curve"]
     trained_on = loss_at(other, "selected", curve["selected"][-1])
     limit = other["seconds"][-1]
-    seconds, everything = (loss_at(curve, "seconds", limit - cost) for cost in (0.0, extra_seconds(run)))
+    seconds = everything = None
+    if same_clock(run, base):
+        seconds, everything = (loss_at(curve, "seconds", limit - cost) for cost in (0.0, extra_seconds(run)))
     return {
         "selected": None if trained_on is None else curve["loss"][-1] - trained_on,
         "seconds": None if seconds is None else seconds - other["loss"][-1],

@@ -15,6 +15,7 @@ GLANCE, LONGER = "evidence-small", "evidence-small-5m"
 ROWS = (
     BASE,
     "random-06",
+    "random-04-step",
     "slm-06",
     "slm-03",
     "slm-04-step",

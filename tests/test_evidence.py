@@ -290,6 +290,20 @@ def test_plain_training_may_be_at_its_final_loss_before_its_end():
     assert to_target(fast, base) == pytest.approx({"tokens": 0.5, "selected": 0.5, "seconds": 0.5, "all": 15 / 20})
 
 
+def test_seconds_of_different_machines_are_not_compared(tmp_path):
+    base, costs = run("clm", 0, [5.0, 4.0, 3.0, 2.0]), {"reference_seconds": {"a": 9.0}, "scoring_seconds": {"a": 1.0}}
+    here, there = (run("slm", seed, [2.0, 1.0], **costs) for seed in (0, 1))
+    there["environment"] = {"device": "another machine", "threads": 1}
+    other = run("clm", 1, [5.0, 4.0, 3.0, 2.0])
+    assert to_target(here, base) == pytest.approx({"tokens": 0.25, "selected": 0.25, "seconds": 0.25, "all": 0.5})
+    assert to_target(there, other) == pytest.approx({"tokens": 0.25, "selected": 0.25})
+    assert at_equal(there, other) == {"selected": 1.0 - 4.0, "seconds": None, "all": None}
+    page = page_of([base, here, other, there], tmp_path)
+    assert "| slm | ≤ 0.25 | ≤ 0.25 | ≤ 0.25 | ≤ 0.50 | -3.000 | - | - |" in page
+    assert "0.50 (slm, 1 seed)" in page and "0.25 (slm, 2 seeds)" in page
+    assert "| slm | ≤ 0.25 | ≤ 0.25 | - | - |" in page_of([other, there], tmp_path)
+
+
 def test_an_arm_that_goes_on_after_another_has_no_share(tmp_path):
     """It may have been there in the arm before."""
     lines = [run("clm", 0, [5.0, 4.0]), run("later", 0, [3.0, 2.0], settings={"after": "clm", "corpus": "curated"})]
