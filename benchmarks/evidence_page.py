@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
+import yaml
 from evidence_plot import draw
 from evidence_results import (
     BASE,
@@ -30,12 +31,13 @@ from rho.report.data import is_reference
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 HOW_TO_READ = """Losses are nats a token on `test`: the sets whose names begin so, their tokens together; `target` are
-other documents of the same sources, looked at along the way. *Less CLM* is the mean difference from plain training
-(CLM) of the same seed, which starts from the same weights: negative is better, and best stands first. After ± stands
-the 95 % interval over other seeds (Student's t, from three on), in brackets that over other held-out text, given these
-runs (paired bootstrap of stretches of {stretch:,} tokens). An arm with fewer values under *each seed* was not run with
-the other seeds yet: compare it seed by seed, not by its mean. A reference is trained once; what it loses itself stands
-below the arms: it is no arm, and may be of another size and trained on more.
+other documents of the same sources, looked at along the way, or the same where there is one set. *Less CLM* is the
+mean difference from plain training (CLM) of the same seed, which starts from the same weights: negative is better,
+and best stands first. After ± stands the 95 % interval over other seeds (Student's t, from three on), in brackets
+that over other held-out text, given these runs (paired bootstrap of stretches of {stretch:,} tokens). An arm with
+fewer values under *each seed* was not run with the other seeds yet: compare it seed by seed, not by its mean. A
+reference is trained once; what it loses itself stands below the arms: it is no arm, and may be of another size and
+trained on more.
 """
 
 PAGE = """## {title}
@@ -76,7 +78,7 @@ with all counted. Seconds stand only where CLM of the same seed ran on the same 
 |---|---|---|---|---|---|---|---|
 {costs}
 
-| goal, of the arms that select by excess loss | asked | found |
+| goal, set before the runs, of the arms that select by excess loss | asked | found |
 |---|---|---|
 {goals}
 
@@ -175,7 +177,7 @@ def arm_cells(runs: Runs, model: str) -> list[str]:
     return [
         model,
         what_it_is(runs, model),
-        run["settings"].get("corpus", "the noisy corpus"),
+        corpus_of(run),
         f"{run['train_tokens'] / 1e6:.3g}",
     ]
 
@@ -256,6 +258,14 @@ def about(recipe: Path) -> str:
     return "\n".join([*said, "", ""]) if said else ""
 
 
+def corpus_of(run: Line) -> str:
+    """What a run was trained on: the corpus of the recipe unless its settings name another."""
+    recipe = recipe_of(run["experiment"])
+    usual = yaml.safe_load(recipe.read_text())["corpus"] if recipe.is_file() else "noisy"
+    corpus = run["settings"].get("corpus", usual)
+    return "the noisy corpus" if corpus == "noisy" else corpus
+
+
 def device(run: Line) -> str:
     """What a run was made on."""
     threads = run["environment"]["threads"]
@@ -280,8 +290,7 @@ def hashes(runs: Iterable[Line]) -> dict[str, str]:
     """Content hashes of what the arms were trained on."""
     found: dict[str, str] = {}
     for run in runs:
-        corpus = run["settings"].get("corpus", "the noisy corpus")
-        found |= {corpus: run["hashes"]["corpus"]}
+        found |= {corpus_of(run): run["hashes"]["corpus"]}
         found |= {
             key.replace("scores:", "scores by "): v for key, v in run["hashes"].items() if key.startswith("scores:")
         }
@@ -298,7 +307,7 @@ RANKING = """
 Multiple choice: how often the right answer is the likeliest, of at most {questions} questions a task, {seeds}.
 *Less CLM*: of the mean over the tasks, seed by seed. For one model the standard error of a task's number is {error},
 that of the mean over the tasks {of_mean:.1%}: a difference of two models of less than {least:.1%} says nothing.
-
+{verdict}
     {command}
 
 | arm | {tasks} | mean | less CLM, each seed |
@@ -320,18 +329,21 @@ def ranking(lines: Sequence[Line]) -> str:
 
     errors = [row["stderr"] for row in tasks]
     of_mean = sum(error**2 for error in errors) ** 0.5 / len(errors)
+    told = False
     rows = [["guessing", *(f"{row['chance']:.1%}" for row in tasks), f"{mean(tasks, 'chance'):.1%}", "-"]]
     for model, seeds in found.items():
         values = [[row["value"] for row in of_seed] for of_seed in seeds.values()]
         numbers = [statistics.fmean(of_task) for of_task in zip(*values, strict=True)]
         less = [] if model == BASE else [mean(seeds[seed]) - mean(base[seed]) for seed in sorted(seeds.keys() & base)]
         rows.append([model, *(f"{n:.1%}" for n in [*numbers, statistics.fmean(numbers)]), _percents(less)])
+        told |= abs(statistics.fmean(numbers) - mean(tasks, "chance")) > 1.96 * of_mean
     return RANKING.format(
         questions=lines[-1]["questions"],
         seeds="means over the seeds" if any(len(seeds) > 1 for seeds in found.values()) else f"seed {lines[0]['seed']}",
         error=" to ".join(f"{error:.1%}" for error in sorted({min(errors), max(errors)})),
         of_mean=of_mean,
         least=1.96 * 2**0.5 * of_mean,  # unpaired
+        verdict="" if told else "No model's mean can be told from guessing.\n",
         command=command("evidence_ranking.py", lines[0]["experiment"]),
         tasks=" | ".join(row["title"] for row in tasks),
         rule="---|" * len(tasks),

@@ -33,6 +33,7 @@ def main(corpus: str, scores: str, model_path: str, out: str) -> None:
         optimizer.zero_grad()
     accelerator.print(f"{step + 1} steps, loss {accelerator.reduce(loss.detach(), 'sum').item():.4f}")
     accelerator.unwrap_model(model).save_pretrained(out, is_main_process=accelerator.is_main_process)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -65,4 +65,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         {"trainer": by_trainer, "fully_shard": by_fully_shard}[job["how"]](job)
+    dist.barrier()  # of FSDP2's group, see `leave`
     leave()

@@ -42,6 +42,7 @@ def main(job_file: str) -> None:
     if dist.get_rank() == 0:
         save_file({name: value.contiguous() for name, value in found.items()}, job["changes"])
         Path(job["losses"]).write_text(json.dumps({"losses": losses, "refusal": refusal}))
+    dist.barrier()  # of FSDP2's group, see `leave`
     leave()
 
 

@@ -197,6 +197,11 @@ def test_a_file_that_is_no_config_is_an_error(tmp_path, content, message):
         load_config(path)
 
 
+def test_a_folder_is_no_config(tmp_path):
+    with pytest.raises(ConfigError, match="a folder; expected a config file"):
+        load_config(tmp_path)
+
+
 def test_a_missing_config_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: no such config file"):
         load_config(tmp_path / "none.yaml")

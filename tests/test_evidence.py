@@ -438,6 +438,15 @@ def test_settings_stand_side_by_side_over_the_seeds_that_their_arms_share(tmp_pa
     ]
 
 
+def test_a_recipe_says_what_its_arms_were_trained_on(tmp_path):
+    """That of small-mixed has the mix as its corpus; a recipe of one's own is not looked for."""
+    usual, own = run("clm", 0, [5.0, 4.0], experiment="evidence-small-mixed"), run("clm", 0, [5.0, 4.0])
+    later = run("later", 0, [3.0, 2.0], settings={"corpus": "curated"})
+    assert "| clm | plain training (CLM) | mixed |" in page_of([usual], tmp_path)
+    page = page_of([own, later], tmp_path)
+    assert "(CLM) | the noisy corpus |" in page and "| curated |" in page
+
+
 def test_what_guessing_gives_is_that_of_the_questions_asked(tmp_path):
     [task] = [task for task in tasks_of("general") if task.name == "arc_easy"]
     write_jsonl(tmp_path / task.path, [{"choices": ["x"] * number} for number in (2, 4, 5, 5)])
@@ -472,3 +481,5 @@ def test_the_table_of_rankings_compares_means_over_the_tasks_seed_by_seed():
     assert "is 2.0%,\nthat of the mean over the tasks 1.4%: a difference of two models of less than 3.9% says" in page
     assert "benchmarks/evidence_ranking.py --size" in page and "task, means over the seeds." in page
     assert "task, seed 1." in ranking([asked("clm", 1, 0.2, 0.6)])
+    assert "can be told from guessing" not in page  # `slm` is 5 % above it, 3.5 standard errors
+    assert "No model's mean can be told from guessing." in ranking([asked("clm", 0, 0.27, 0.53)])

@@ -393,6 +393,6 @@ def test_a_weak_reference_is_refused_before_anything_is_trained(config_file):
 
 def test_a_file_is_no_run_directory(config_file, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RhoError, match="file: the folder can't be made"):
+    with pytest.raises(RhoError, match=r"file: the folder can't be made \(it is a file\)"):
         pipeline.run(load_config(config_file), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"

@@ -240,6 +240,12 @@ def test_training_twice_gives_the_same_file(tmp_path, text_file, tokenizer_folde
     assert manifest.facts["fingerprint"] == Tokenizer.load(again).fingerprint
 
 
+def test_a_vocabulary_without_room_for_the_bytes_is_refused_before_anything_is_read(tmp_path, text_file):
+    with pytest.raises(ConfigError, match="a vocabulary of 256: expected 257 or more"):
+        train_tokenizer([str(text_file)], 256, tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer").exists()
+
+
 def test_too_little_text_for_the_vocabulary_is_an_error_with_both_sizes(tmp_path, text_file):
     with pytest.raises(DataError, match=r"too little text for a vocabulary of 50000 \(reached \d+\)"):
         train_tokenizer([str(text_file)], 50_000, tmp_path / "out")

@@ -320,6 +320,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a folder; expected a config file, for instance recipes/demo.yaml.") from None
     except (OSError, ValueError, yaml.YAMLError) as error:  # not text, or a date that is none
         raise ConfigError(f"{path}: not readable as YAML ({error}).") from error
     if not isinstance(tree, dict):

@@ -7,11 +7,12 @@ import os
 
 import torch
 import torch.distributed as dist
-
-# Before there is a group: its functions' defaults are the group of the moment they are imported, and would keep it for
-# ever, so that `leave` could not end its threads. Wrapping a model for DDP imports it as well, but then there is one.
-import torch.distributed.nn
 from torch import Tensor
+
+if dist.is_available():
+    # Before there is a group: its functions' defaults are the group of the moment they are imported, and would keep it
+    # for ever, so that `leave` could not end its threads. Wrapping a model for DDP imports it, but after that moment.
+    import torch.distributed.nn
 
 
 def rank() -> int:
@@ -39,13 +40,13 @@ def all_gather(own_N: Tensor) -> list[Tensor]:
 
 
 def leave() -> None:
-    """Leave the group of ranks, where there is one: the last thing that a program of several processes does.
+    """Leave the gloo group of the ranks, where there is one: the last thing that a program on several CPUs does.
 
-    A gloo group's threads free the tensors of its last collectives. One that does so while the interpreter ends aborts
-    the process ("terminate called without an active exception", Python 3.13 and before), and the launcher calls the
-    finished run failed. Every rank calls it; models wrapped for the group must be out of use.
+    Its threads free the tensors of the last collectives. One that does so while the interpreter ends aborts the process
+    ("terminate called without an active exception", Python 3.13 and before), and the launcher calls the finished run
+    failed. Here they end, if models wrapped for DDP are out of use. They do not of a group that FSDP2 has used: there a
+    barrier before gives them the time to have freed all. No rank waits here for another, which may be saving.
     """
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_backend() == "gloo":
         gc.collect()  # wrapped models, which hold the group, stand in cycles
-        dist.barrier()
         dist.destroy_process_group()

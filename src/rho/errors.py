@@ -35,3 +35,8 @@ def check_path_or_name(place: str) -> None:
     """
     if not Path(place).exists() and (place.count("/") > 1 or place[:1] in "./~" or place.endswith(".json")):
         raise ConfigError(f"{place}: no such file or folder (seen from {Path.cwd()}).")
+
+
+def unless_here(name: str) -> str:
+    """A sentence for what was asked for on the Hub, where a misspelt path would be too."""
+    return "" if Path(name).exists() else f" No file or folder of that name is in {Path.cwd()}: check the path."

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
-from rho.errors import ConfigError, MismatchError, check_path_or_name
+from rho.errors import ConfigError, MismatchError, check_path_or_name, unless_here
 from rho.linear_loss import Head
 from rho.runs import MANIFEST, hash_file, hash_json
 
@@ -96,7 +96,7 @@ def make_model(
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{config.path}: no model could be loaded from here ({str(error).splitlines()[0]})."
+            f"{config.path}: no model could be loaded from here ({str(error).splitlines()[0]}).{unless_here(path)}"
         ) from error
 
 

@@ -38,7 +38,7 @@ ADVICE = {  # for what the system refuses a program that is right
     errno.EPERM: "fix the permissions",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
     errno.ENFILE: "raise the limit of open files (`fs.file-max`)",
-    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ENAMETOOLONG: "give a shorter name",
 }
 
 
@@ -108,7 +108,8 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RhoError(f"{folder}: the folder can't be made ({error.strerror}). Choose another one.") from error
+        why = "it is a file" if folder.is_file() else error.strerror
+        raise RhoError(f"{folder}: the folder can't be made ({why}). Choose another one.") from error
 
 
 def write_json(path: Path, value: Any) -> None:

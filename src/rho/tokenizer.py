@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rho.errors import ConfigError, DataError, check_path_or_name
+from rho.errors import ConfigError, DataError, check_path_or_name, unless_here
 from rho.progress import Advance, say, track
 from rho.runs import Manifest, hash_json, open_stage
 from rho.sources import SkippedRecord, TextField, read_documents, source_hashes
@@ -178,8 +178,7 @@ def _from_pretrained(name: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
         loaded: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{name}: no tokenizer could be loaded from here ({str(error).splitlines()[0]})."
-            + ("" if Path(name).exists() else f" No file or folder of that name is in {Path.cwd()}: check the path.")
+            f"{name}: no tokenizer could be loaded from here ({str(error).splitlines()[0]})." + unless_here(name)
         ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
@@ -206,8 +205,14 @@ def train_tokenizer(
         skip_bad_records: pass over unreadable records.
 
     Raises:
+        ConfigError: the vocabulary is smaller than the bytes and the end token.
         DataError: a source or record can't be read, or there is too little text for the vocabulary.
     """
+    least = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if vocab_size < least:
+        raise ConfigError(
+            f"a vocabulary of {vocab_size}: expected {least} or more, one for each byte and one for a document's end."
+        )
     fields = list(text_fields) * (len(sources) if len(text_fields) == 1 else 1)
     config = {
         "sources": [list(pair) for pair in zip(sources, fields, strict=True)],
