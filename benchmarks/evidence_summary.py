@@ -90,7 +90,7 @@ RECOMMENDED = """\
   give up less than it, but more than retention does;
 - no schedule: coming down to 0.3 is worse than beginning with it;
 - a small reference, trained for a fraction of an epoch, before anything dearer, as long as the model stays well behind
-  it. In a run of 5 M tokens (one seed) the model came within 0.1 of it, and half of the gain was left
+  it. In runs of 5 M tokens the model came within 0.1 of it, and half of the gain was left
   ({longer[slm-04-step-cheap]}); a reference of two epochs kept all of it ({longer[slm-04-step]});
 - curated text in the corpus wherever it may be there: selection comes on top, not instead.
 """
@@ -110,17 +110,18 @@ def sections(folder: Path) -> list[str]:
 
 def introduction(runs: Runs, longer: Runs | None = None) -> str:
     """What stands before the experiments."""
-    recommended = RECOMMENDED.format(gain=gains(runs), longer=gains(longer))
+    recommended = RECOMMENDED.format(gain=gains(runs), longer=gains(longer, with_seeds=True))
     rows = [table_row(glance_cells(runs, model)) for model in ROWS if model in runs.lines]
     return INTRODUCTION.format(rows="\n".join(rows), recommended=recommended, how_to_read=how_to_read())
 
 
-def gains(runs: Runs | None) -> dict[str, str]:
-    """Each arm's mean difference from plain training on the tests."""
+def gains(runs: Runs | None, with_seeds: bool = False) -> dict[str, str]:
+    """Each arm's mean difference from plain training on the tests, and of how many seeds."""
     found: dict[str, str] = defaultdict(lambda: "not run")
     for arm in runs.arms if runs is not None else []:
         if less := each_seed(runs.pairs(arm, BASE), runs.tests):
-            found[arm] = f"{statistics.fmean(less):+.3f}"
+            seeds = f", {len(less)} seed{'s' * (len(less) > 1)}" if with_seeds else ""
+            found[arm] = f"{statistics.fmean(less):+.3f}{seeds}"
     return found
 
 
