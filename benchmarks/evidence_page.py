@@ -246,7 +246,7 @@ def side_by_side(runs: Runs) -> str:
             pairs = [(runs.lines[arm][seed], runs.lines[BASE][seed]) for seed in seeds]
             less = [f"{statistics.fmean(each_seed(pairs, names)):+.3f}" for names in sets.values()]
             cells.append(f"{arm} {' / '.join(less)}")
-        rows.append([f"{setting} ({_seeds(len(seeds))})", "<br>".join(cells)])
+        rows.append([f"{setting} ({in_seeds(len(seeds))})", "<br>".join(cells)])
     named = " / ".join(f"`{name}`" for name in sets)
     return SIDE_BY_SIDE.format(sets=named, rows="\n".join(map(table_row, rows))) if rows else ""
 
@@ -411,18 +411,18 @@ def goals(runs: Runs) -> Iterator[list[str]]:
         pairs = {arm: each_seed(runs.pairs(arm, base), runs.tests) for arm in plain}
         met = {arm: max(found) < 0 for arm, found in pairs.items() if found}
         fewest = min((len(found) for found in pairs.values() if found), default=0)
-        count = f"{sum(met.values())} of {len(met)} arms, of {_seeds(fewest)} at least" if met else "not run yet"
+        count = f"{sum(met.values())} of {len(met)} arms, of {in_seeds(fewest)} at least" if met else "not run yet"
         yield [f"`test` loss below {called}'s for every seed", "all arms", count]
     for what, words, asked in (("tokens", "tokens", "0.5"), ("all", "seconds, all counted,", "1")):
         found = {arm: [to_target(run, base) for run, base in runs.pairs(arm, BASE)] for arm in plain}
         reached = {arm: [one[what] for one in each if what in one] for arm, each in found.items() if None not in each}
         means = {arm: statistics.fmean(values) for arm, values in reached.items() if values}
         best = min(means, key=means.__getitem__, default=None)
-        said = "by none" if best is None else f"{means[best]:.2f} ({best}, {_seeds(len(reached[best]))})"
+        said = "by none" if best is None else f"{means[best]:.2f} ({best}, {in_seeds(len(reached[best]))})"
         yield [f"share of CLM's {words} to its final loss", f"at most {asked}", said]
 
 
-def _seeds(number: int) -> str:
+def in_seeds(number: int) -> str:
     return f"{number} seed{'s' * (number > 1)}"
 
 

@@ -15,8 +15,8 @@ from rho.report.plots import COLOURS, STYLE
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Curves of the first arms (the mean over the seeds, thin lines each seed), and every arm's difference from CLM."""
-    others = [model for model in runs.arms if model != BASE]
+    """Curves of the first arms, the mean and thin lines each seed; every arm's difference from CLM, best first."""
+    others = [model for model in runs.ranked() if model != BASE]
     with rc_context(STYLE):
         figure = Figure(figsize=(9.2, max(3.2, 0.22 * len(others) + 1)), layout="constrained")
         FigureCanvasSVG(figure)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from evidence_page import how_to_read, ranking, section, table_row, what_it_is
+from evidence_page import how_to_read, in_seeds, ranking, section, table_row, what_it_is
 from evidence_results import BASE, RESULTS, Line, Runs, each_seed, extra_seconds, losses, read_lines
 
 # The experiment of the first table, the longer one that is spoken of beside it, and the rows of the table.
@@ -120,8 +120,7 @@ def gains(runs: Runs | None, with_seeds: bool = False) -> dict[str, str]:
     found: dict[str, str] = defaultdict(lambda: "not run")
     for arm in runs.arms if runs is not None else []:
         if less := each_seed(runs.pairs(arm, BASE), runs.tests):
-            seeds = f", {len(less)} seed{'s' * (len(less) > 1)}" if with_seeds else ""
-            found[arm] = f"{statistics.fmean(less):+.3f}{seeds}"
+            found[arm] = f"{statistics.fmean(less):+.3f}{f', {in_seeds(len(less))}' if with_seeds else ''}"
     return found
 
 
