@@ -91,7 +91,7 @@ RECOMMENDED = """\
 - no schedule: coming down to 0.3 is worse than beginning with it;
 - a small reference, trained for a fraction of an epoch, before anything dearer, as long as the model stays well behind
   it. In runs of 5 M tokens the model came within 0.1 of it, and half of the gain was left
-  ({longer[slm-04-step-cheap]}); a reference of two epochs kept all of it ({longer[slm-04-step]});
+  ({longer[slm-04-step-cheap]}); a reference of two epochs kept nearly all ({longer[slm-04-step]});
 - curated text in the corpus wherever it may be there: selection comes on top, not instead.
 """
 
