@@ -46,6 +46,18 @@ def test_a_model_that_is_no_causal_language_model_is_named() -> None:
         make_model(ModelConfig(architecture={"model_type": "t5"}), 300)
 
 
+def test_a_model_that_is_neither_here_nor_on_the_hub_may_be_a_misspelt_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = r"slmm: no model could be loaded from here .*No file or folder of that name is in .*check the path"
+    with pytest.raises(ConfigError, match=said):
+        make_model(ModelConfig(path="slmm"), 300)
+    (tmp_path / "slmm").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        make_model(ModelConfig(path="slmm"), 300)
+    assert "No file or folder" not in str(caught.value)
+
+
 def test_names_of_older_transformers_configs_are_understood(architecture: dict) -> None:
     older = {"rope_theta": 5e5, "torch_dtype": "float32", "attn_implementation": "eager"}
     model = make_model(ModelConfig(architecture={**architecture, **older}), 300)
